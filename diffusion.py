@@ -1,0 +1,104 @@
+"""The teacher's ODE: Stable Diffusion's noise schedule, its samplers, and its noise predictor read as a velocity.
+
+A noise predictor is a function eps(x, timestep) with x [B, ...] on the variance-preserving path
+x = a x1 + b eps, a^2 = alphas_cumprod[timestep], b^2 = 1 - a^2, and timestep a float tensor [B], 0 (image) to 999 (noise).
+"""
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """alphas_cumprod: float64 tensor [1000], falling from nearly 1 (image) to nearly 0 (noise)."""
+    alphas_cumprod: torch.Tensor
+
+    @classmethod
+    def stable_diffusion(cls):
+        """"Scaled linear": sqrt(beta) is linear from sqrt(0.00085) to sqrt(0.012) (Rombach et al. 2022)."""
+        beta = torch.linspace(0.00085 ** 0.5, 0.012 ** 0.5, 1000, dtype=torch.float64) ** 2
+        return cls(torch.cumprod(1 - beta, 0))
+
+    def range(self):
+        """The flow times (t_min, t_max) that the schedule reaches: [0.064, 0.972] for Stable Diffusion."""
+        t = self.flow_time(self.alphas_cumprod)
+        return float(t[-1]), float(t[0])
+
+    @staticmethod
+    def flow_time(alpha_bar):
+        """The t of the line (1 - t) eps + t x1 that has the signal-to-noise ratio of this point: a / (a + b)."""
+        a, b = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+        return a / (a + b)
+
+    def index(self, t):
+        """Float index [B] with the signal-to-noise ratio of flow time t [B], log-SNR linear between whole indices,
+        held at the schedule's ends -> (index, a, b), all float64 [B]."""
+        bar, t = self.alphas_cumprod.to(t.device), t.double()
+        noisier = (1 - bar).log() - bar.log()                                # minus the log SNR: rises with the index
+        wanted = 2 * (torch.log1p(-t) - torch.log(t))                        # the same of the line at t
+        i = torch.searchsorted(noisier, wanted).clamp(1, len(bar) - 1)
+        index = (i - 1 + (wanted - noisier[i - 1]) / (noisier[i] - noisier[i - 1])).clamp(0, len(bar) - 1)
+        alpha_bar = torch.sigmoid(-wanted.clamp(noisier[0], noisier[-1]))
+        return index, alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+
+
+def _steps_ok(steps):
+    if not 1 <= steps <= 999:
+        raise ValueError(f"steps is {steps}; it must be from 1 to 999")
+
+
+def _call(eps, x, timestep):
+    return eps(x, torch.full((len(x),), float(timestep), device=x.device))
+
+
+def ddim(eps, x, steps, schedule):
+    """DDIM with eta = 0 (Song et al. 2020, equation 12) from noise x [B, ...] -> x_0, on the grid Stable Diffusion uses:
+    'leading' spacing, offset 1, the last step to alphas_cumprod[0]. steps: 1 to 999, else ValueError."""
+    _steps_ok(steps)
+    stride = 1000 // steps
+    bar = schedule.alphas_cumprod
+    for i in reversed(range(steps)):
+        now = min(i * stride + 1, 999)
+        here, there = bar[now], bar[max(now - stride, 0)]
+        e = _call(eps, x, now)
+        x1 = (x - float((1 - here).sqrt()) * e) / float(here.sqrt())
+        x = float(there.sqrt()) * x1 + float((1 - there).sqrt()) * e
+    return x
+
+
+def dpm_solver(eps, x, steps, schedule):
+    """DPM-Solver++(2M) (Lu et al. 2022, algorithm 2) from noise x [B, ...] -> x_0: second order, one call a step, evenly
+    spaced timesteps, the first step and (below 15 steps) the last of first order, the end at sigma 0.
+    steps: 1 to 999, else ValueError."""
+    _steps_ok(steps)
+    grid = np.linspace(0, 999, steps + 1).round()[1:][::-1].astype(int)
+    bar = schedule.alphas_cumprod[grid.copy()]
+    a, b = bar.sqrt().tolist(), (1 - bar).sqrt().tolist()
+    lam = [np.log(p / q) for p, q in zip(a, b)]                              # half the log-SNR
+    previous = None
+    for i in range(steps):
+        x1 = (x - b[i] * _call(eps, x, grid[i])) / a[i]
+        if i == steps - 1:                                                   # to sigma 0, where h is infinite: x is its own x1
+            return x1
+        h = lam[i + 1] - lam[i]
+        slope = x1 if previous is None else x1 + h / (2 * (lam[i] - lam[i - 1])) * (x1 - previous)
+        x = b[i + 1] / b[i] * x - a[i + 1] * float(np.expm1(-h)) * slope
+        previous = x1
+
+
+def velocity_from_eps(eps, schedule):
+    """The exact velocity, on the line z = (1 - t) eps + t x1, of a noise predictor -> a function v(z, t).
+
+    z is x of the same signal-to-noise ratio, rescaled: x = (a + b) z, and v = (x - b eps)/a - eps. Below the schedule's
+    t_min (above its t_max) its last (first) index serves, and x is rescaled to that index's scale. So a and b stay
+    those of the line at t inside the range, and of the nearest index outside.
+    """
+    def v(z, t):
+        shape = [-1] + [1] * (z.dim() - 1)
+        index, a, b = (y.to(z.dtype) for y in schedule.index(t))
+        a, b = a.reshape(shape), b.reshape(shape)
+        x = z / (t ** 2 + (1 - t) ** 2).sqrt().to(z.dtype).reshape(shape)    # a^2 + b^2 = 1: the ratio of the two paths' norms
+        e = eps(x, index)
+        return (x - b * e) / a - e
+    return v

@@ -1,0 +1,77 @@
+"""One-step distillation, the paper's Algorithm 2: make X0 + v(X0, 0 | T) the end of the teacher's whole path.
+
+    python distill.py --model models/mini-2rf --pairs pairs/2rf --out models/mini-instaflow-l2
+    python distill.py --model models/mini-instaflow-l2 --pairs pairs/2rf --out models/mini-instaflow --loss lpips --vgg vgg16.pth
+    torchrun --nproc-per-node 8 distill.py ...                                                          # one node
+    torchrun --nnodes 4 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 distill.py ...
+
+First L2 between latents, then LPIPS between decoded images, as in the paper. With Stable Diffusion itself as --model,
+and its pairs, this is the baseline: direct distillation. Run the same line again and it goes on where it was.
+"""
+import copy
+
+import torch
+import torch.nn.functional as F
+
+import cli
+import training
+from cli import UserError
+from instaflow import PROMPTS, InstaFlow, grid, timestep
+from lpips import LPIPS
+from pairs import PairDataset
+
+
+def image_losses(student, target, model, distance, size):
+    """D(image, image): latents [B, 4, h, w] decoded, resized to `size` (0: as they are) -> [B]. The target's decoder
+    keeps no graph."""
+    def image(latents):
+        pixels = model.vae.decode(latents / model.scale)
+        return F.interpolate(pixels, (size, size), mode="bilinear", antialias=True) if size else pixels
+    with torch.no_grad():
+        wanted = image(target)
+    return distance(image(student), wanted)
+
+
+def main():
+    parser = cli.Parser(__doc__)
+    parser.add_argument("--model", required=True, help="initialisation: the model that made the pairs, or the L2 student")
+    parser.add_argument("--pairs", required=True, help="folder written by pairs.py")
+    parser.add_argument("--out", required=True, help="folder of the student; checkpoints and log in its training/")
+    parser.add_argument("--loss", choices=("l2", "lpips"), default="l2", help="between latents, or between decoded images")
+    parser.add_argument("--vgg", help="for lpips: VGG16's weights (torchvision's file), or the judge's")
+    parser.add_argument("--linear", help="for lpips: the lpips package's weights of layers (default: all channels alike)")
+    parser.add_argument("--lpips-size", type=int, default=224, help="pixels a side that LPIPS sees; 0 leaves images as they are")
+    training.add_flags(parser)
+    args = parser.parse_args()
+    if args.loss == "lpips" and not args.vgg:
+        raise UserError("--loss lpips needs --vgg, the file of VGG16's weights")
+
+    world = training.start(args.device)
+    data, model = PairDataset(args.pairs), InstaFlow.load(args.model, world.device)
+    data.check(model)
+    distance = LPIPS(args.vgg, args.linear).to(world.device) if args.loss == "lpips" else None
+    unet = model.unet.requires_grad_(True)
+    ema, optimizer, net = copy.deepcopy(unet).eval(), training.adamw(unet, args.lr, args.weight_decay), training.distributed(unet.train(), world)
+    info = {"prediction": "velocity", "sampler": "euler", "steps": 1, "guidance": 1.0, "trained_steps": [1], "pairs": data.info}
+    folder = f"{args.out}/training"
+    for step, log, lr in training.steps(args, world, folder, unet, ema, optimizer, training.recipe(args), args.cosine):
+        rows = world.share(training.batch_indices(args.seed, step, args.batch, len(data)))
+        x0, x1, prompts = data.batch(rows)
+        x0, x1, t = x0.to(world.device), x1.to(world.device), torch.zeros(len(rows), device=world.device)
+        with training.autocast(world.device, args.float32):
+            with torch.no_grad():
+                context = model.text(prompts)
+            student = x0 + net(x0, timestep(t), context)                     # one Euler step from t = 0
+            losses = image_losses(student, x1, model, distance, args.lpips_size) if distance else (student - x1).square().mean((1, 2, 3))
+        losses.mean().backward()
+        log.add(losses, gradient=training.optimiser_step(optimizer, unet, lr, args.clip))
+        if world.rank == 0 and (step + 1) % args.sample_every == 0:
+            pictures = InstaFlow(ema, model.vae, model.text, info).generate(PROMPTS)
+            grid([pictures], None, PROMPTS).save(f"{folder}/samples-{step + 1:06d}.png")
+    if world.rank == 0:
+        InstaFlow(ema, model.vae, model.text, {**info, "made": training.made(log, args.seed)}, model.base).save(args.out, dtype=torch.float16)
+    training.finish()
+
+
+if __name__ == "__main__":
+    cli.run(main)

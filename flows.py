@@ -1,0 +1,107 @@
+"""The mathematics of rectified flow (InstaFlow section 2; Liu et al. 2022), for any velocity v(x, t).
+
+One convention everywhere: t = 0 is noise, t = 1 is the image, and a velocity points from noise to image.
+x is [B, ...], t is float [B] in [0, 1], v(x, t) has the shape of x. Nothing changes its arguments in place.
+"""
+import numpy as np
+import torch
+
+
+def noise(stream, seed, index, shape):
+    """X0 ~ N(0, I) with a name: float32 tensor of `shape`, the same on any device and in any batch.
+
+    stream: 0 sampling and evaluation, 1 pair generation, so that no noise of an evaluation was ever trained on;
+    seed and index: whole numbers >= 0. Raises ValueError where one is negative.
+    """
+    return torch.from_numpy(np.random.default_rng([stream, seed, index]).standard_normal(shape, dtype=np.float32))
+
+
+def _as(t, x):
+    """t [B] -> [B, 1, ..., 1], to be broadcast against x."""
+    return t.to(x.dtype).reshape(-1, *[1] * (x.dim() - 1))
+
+
+def interpolate(x0, x1, t):
+    """X_t = (1 - t) X0 + t X1 (equation 2: the line between noise and image)."""
+    t = _as(t, x0)
+    return (1 - t) * x0 + t * x1
+
+
+def flow_loss(velocity, x0, x1, t, reduction="mean"):
+    """E ||(X1 - X0) - v(X_t, t)||^2 (equation 2), averaged over elements. reduction: "mean" -> 0-d, "none" -> [B]."""
+    if reduction not in ("mean", "none"):
+        raise ValueError(f'reduction is {reduction!r}; it must be "mean" or "none"')
+    error = (x1 - x0) - velocity(interpolate(x0, x1, t), t)
+    losses = error.float().square().flatten(1).mean(1)
+    return losses.mean() if reduction == "mean" else losses
+
+
+def sample_time(n, density="uniform", generator=None):
+    """t ~ p(t) -> float32 [n]. generator: a numpy one (default: fresh).
+
+    "uniform" is the paper's. "u-shaped" is p(t) ~ e^{at} + e^{a(1-t)}, a = 4, squeezed into [1e-5, 1 - 1e-5]
+    (Lee, Lin and Fanti 2024, section 4.1). Raises ValueError for another name.
+    """
+    u = (generator or np.random.default_rng()).random((2, n))
+    if density == "uniform":
+        t = u[0]
+    elif density == "u-shaped":
+        a = 4.0
+        t = np.log1p(u[0] * np.expm1(a)) / a               # inverse CDF of e^{at}; its mirror image half of the time
+        t = 1e-5 + (1 - 2e-5) * np.where(u[1] < 0.5, t, 1 - t)
+    else:
+        raise ValueError(f'density is {density!r}; it must be "uniform" or "u-shaped"')
+    return torch.from_numpy(t.astype(np.float32))
+
+
+def guided(velocity, context, null, alpha):
+    """v^alpha = alpha v(.|T) + (1 - alpha) v(.|NULL) (equation 8), of a velocity(x, t, context) -> a function v(x, t).
+
+    context: [B, ...], null the same or [1, ...]. Both run as one batch of 2 B; alpha = 1 needs no NULL, and costs one call of B.
+    """
+    if alpha == 1:
+        return lambda x, t: velocity(x, t, context)
+
+    def v(x, t):
+        text, without = velocity(torch.cat([x, x]), torch.cat([t, t]), torch.cat([context, null.expand_as(context)])).chunk(2)
+        return alpha * text + (1 - alpha) * without
+    return v
+
+
+def _grid(x, steps):
+    """The times 0, 1/N, ..., (N-1)/N, each as [B]."""
+    if steps < 1:
+        raise ValueError(f"steps is {steps}; it must be at least 1")
+    for i in range(steps):
+        yield torch.full((len(x),), i / steps, device=x.device)
+
+
+def euler(velocity, x0, steps, path=False):
+    """Z += v(Z, t) / N for t = 0, 1/N, ... (equation 1 discretised; exact in one step where the flow is straight).
+
+    -> Z_1 with the shape of x0; with path=True all points, [steps + 1, B, ...], x0 first. steps < 1 is a ValueError.
+    """
+    points = [x0]
+    for t in _grid(x0, steps):
+        points.append(points[-1] + velocity(points[-1], t) / steps)
+    return torch.stack(points) if path else points[-1]
+
+
+def heun(velocity, x0, steps, path=False):
+    """Euler's step corrected by the velocity at its end: second order, two calls a step. Else as `euler`."""
+    points = [x0]
+    for t in _grid(x0, steps):
+        first = velocity(points[-1], t)
+        second = velocity(points[-1] + first / steps, (t + 1 / steps).clamp(max=1))
+        points.append(points[-1] + (first + second) / (2 * steps))
+    return torch.stack(points) if path else points[-1]
+
+
+def straightness(velocity, x0, steps=100):
+    """S(Z) = integral of E ||(Z_1 - Z_0) - v(Z_t, t)||^2 dt (Liu et al. 2022, section 2.2): 0 where paths are straight.
+
+    The left Riemann sum over Euler's own points, Z_1 the path's end, the mean over batch and elements -> 0-d tensor.
+    """
+    points = euler(velocity, x0, steps, path=True)
+    velocities = (points[1:] - points[:-1]) * steps        # what Euler took: no second call
+    return (points[-1] - points[0] - velocities).square().mean()

@@ -1,0 +1,213 @@
+"""InstaFlow, the model a person holds: text -> noise -> velocity -> image.
+
+    model = InstaFlow.load("models/mini-instaflow")
+    model.generate(["a red circle left of a blue square"])[0].save("out.png")
+
+A model on disk is a folder in the diffusers layout plus instaflow.json, which says what the U-Net predicts
+(velocity | epsilon), how to sample it, and where the frozen VAE and text tower lie (`base`) if not inside.
+"""
+import json
+import os
+import sys
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+import diffusion
+import flows
+import training
+import weights
+from cli import UserError
+from text import TextConfig, TextTower
+from unet import StackedUNet, UNet, UNetConfig
+from vae import VAE, VAEConfig
+
+CONFIGS = {                                                # U-Net, VAE, text tower
+    "sd15": (UNetConfig(), VAEConfig(), TextConfig()),
+    "stacked": (UNetConfig(stacked=True), VAEConfig(), TextConfig()),
+    "mini": (UNetConfig(block_out_channels=(48, 96, 128), layers_per_block=1, attention_head_dim=4, cross_attention_dim=64, norm_num_groups=8, sample_size=16,
+                        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D")),
+             VAEConfig(block_out_channels=(16, 32, 64), layers_per_block=1, norm_num_groups=4, sample_size=64),
+             TextConfig(hidden_size=64, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4)),
+}
+# What the sample grids of every training show.
+PROMPTS = ["a red circle left of a blue square", "a small yellow star", "a large green heart above a small purple ring",
+           "a pink cross on a dark striped background", "a cyan diamond below an orange triangle", "a blue ring left of a red star and a green square above the red star"]
+SAMPLERS = {"euler": flows.euler, "heun": flows.heun, "ddim": diffusion.ddim, "dpm": diffusion.dpm_solver}
+DEFAULTS = {"velocity": {"sampler": "euler", "steps": 25, "guidance": 1.5},      # the paper's 2-rectified flow
+            "epsilon": {"sampler": "dpm", "steps": 25, "guidance": 7.5}}         # Stable Diffusion
+
+
+def timestep(t):
+    """The U-Net's time for flow time t: 1000 (1 - t), never rounded. (t = 0, noise, is 1000.0.)"""
+    return 1000 * (1 - t)
+
+
+class InstaFlow:
+    """`unet`, `vae`, `text`: the modules. `info`: instaflow.json's fields (prediction, sampler, steps, guidance, ...)."""
+
+    def __init__(self, unet, vae, text, info, base=None):
+        prediction = info.get("prediction")
+        if prediction not in DEFAULTS:
+            raise UserError(f'prediction is {prediction!r}; it must be "velocity" or "epsilon"')
+        self.unet, self.vae, self.text, self.base = unet, vae, text, base
+        self.info = {**DEFAULTS[prediction], **info}
+        if self.info["sampler"] not in SAMPLERS:
+            raise UserError(f"sampler is {self.info['sampler']!r}; it must be one of {', '.join(SAMPLERS)}")
+        self.schedule = diffusion.Schedule.stable_diffusion()
+
+    # --- on disk ---
+
+    @classmethod
+    def load(cls, path, device="cpu", dtype=torch.float32, prediction=None):
+        """A model folder. prediction ("velocity" | "epsilon") is needed only where neither instaflow.json nor
+        model_index.json tells it. Raises UserError (a ValueError) in one line that names the file and the mend."""
+        path = Path(path)
+        if not path.is_dir():
+            raise UserError(f"{path}: no such model folder; a model is a folder with unet/, vae/, text_encoder/ and instaflow.json")
+        if (path / "instaflow.json").exists():
+            info = weights.read_json(path / "instaflow.json")
+        else:
+            info = {"prediction": prediction or _prediction_of(path)}
+        base = path / info["base"] if "base" in info else path
+        if not base.is_dir():
+            raise UserError(f"{path}/instaflow.json says that VAE and text tower lie in {base}, which is no folder; put that model there")
+        model = cls(weights.load_unet(path / "unet"), weights.load_vae(base / "vae"), weights.load_text(base / "text_encoder"), info, base)
+        return model.to(device, dtype)
+
+    @classmethod
+    def random(cls, config, seed=0):
+        """Seeded random weights of a size in CONFIGS ("sd15", "stacked", "mini"): it runs, and its pictures are noise."""
+        if config not in CONFIGS:
+            raise UserError(f"no configuration {config!r}; there are {', '.join(CONFIGS)}")
+        unet, vae, text = CONFIGS[config]
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            modules = [(StackedUNet if unet.stacked else UNet)(unet), VAE(vae), TextTower(text)]
+        return cls(*(m.eval() for m in modules), {"prediction": "velocity"})
+
+    def save(self, path, self_contained=False, dtype=None):
+        """Write the folder. VAE and text tower are written too where they came from no folder or self_contained is set;
+        else instaflow.json points at theirs. dtype: of the weights on disk, None their own."""
+        path, info = Path(path), {k: v for k, v in self.info.items() if k != "base"}
+        weights.save_module(self.unet, path / "unet", weights.UNET_FILE, dtype)
+        if self.base is None or self_contained or self.base.resolve() == path.resolve():
+            weights.save_module(self.vae, path / "vae", weights.VAE_FILE, dtype)
+            weights.save_module(self.text, path / "text_encoder", weights.TEXT_FILE, dtype)
+        else:
+            info["base"] = os.path.relpath(self.base, path)
+        training.write(path / "instaflow.json", (json.dumps(info, indent=2) + "\n").encode())
+
+    def to(self, device, dtype=torch.float32):
+        device = torch.device(device)
+        for module in (self.unet, self.vae, self.text):
+            module.to(device, dtype).requires_grad_(False)
+            if device.type == "cuda":
+                module.to(memory_format=torch.channels_last)
+        return self
+
+    # --- what it computes ---
+
+    @property
+    def device(self):
+        return next(self.unet.parameters()).device
+
+    @property
+    def scale(self):
+        """Latents are multiplied by this (0.18215 at full size), so that their variance is about 1."""
+        return self.vae.config.scaling_factor
+
+    def velocity(self, x, t, context):
+        """v(x, t | T): x [B, 4, h, w], t [B] in [0, 1], context [B, L, C] -> [B, 4, h, w]. A noise predictor is
+        converted exactly (diffusion.velocity_from_eps)."""
+        if self.info["prediction"] == "velocity":
+            return self.unet(x, timestep(t), context)
+        return diffusion.velocity_from_eps(lambda z, index: self.unet(z, index, context), self.schedule)(x, t)
+
+    def latent_shape(self, height=None, width=None):
+        """Of one picture of height x width pixels (None: what the model was trained on). Raises UserError."""
+        factor, native = self.vae.config.factor, self.unet.config.sample_size * self.vae.config.factor
+        for name, pixels in (("height", height), ("width", width)):
+            if pixels is not None and (pixels < factor or pixels % factor):
+                raise UserError(f"{name} is {pixels}; it must be a multiple of {factor}")
+        return self.unet.config.in_channels, (height or native) // factor, (width or native) // factor
+
+    def noise(self, seed, first, n, height=None, width=None, stream=0):
+        """The noise of pictures first, first + 1, ... -> [n, 4, h, w]."""
+        shape = self.latent_shape(height, width)
+        x0 = [flows.noise(stream, seed, first + i, shape) for i in range(n)]
+        return torch.stack(x0).to(self.device, next(self.unet.parameters()).dtype)
+
+    @torch.no_grad()
+    def solve(self, x0, context, null, steps=None, guidance=None, sampler=None):
+        """From noise x0 [B, 4, h, w] along the model's ODE -> latents [B, 4, h, w]. context [B, L, C], null [1, L, C].
+        Guidance is taken on what the U-Net predicts: on noise as Stable Diffusion does, on velocity as the paper does
+        (equation 8); it is the same formula. Raises ValueError for steps < 1, UserError for a sampler of the other kind."""
+        steps = self.info["steps"] if steps is None else steps
+        alpha = self.info["guidance"] if guidance is None else guidance
+        sampler = sampler or self.info["sampler"]
+        if sampler in ("euler", "heun"):
+            return SAMPLERS[sampler](flows.guided(self.velocity, context, null, alpha), x0, steps)
+        if self.info["prediction"] != "epsilon":
+            raise UserError(f"sampler {sampler} needs a noise predictor, and this model predicts velocity; use euler or heun")
+        return SAMPLERS[sampler](flows.guided(self.unet, context, null, alpha), x0, steps, self.schedule)
+
+    def latents(self, prompts, steps=None, guidance=None, seed=0, first=0, negative="", height=None, width=None):
+        """-> scaled latents [B, 4, h, w] of list[str]; picture i starts from noise(0, seed, first + i)."""
+        x0 = self.noise(seed, first, len(prompts), height, width)
+        self.check_steps(steps)
+        with torch.no_grad():
+            context, null = self.text(prompts), self.text([negative])
+        return self.solve(x0, context, null, steps, guidance)
+
+    def check_steps(self, steps):
+        """Warn on stderr where a student is asked for more steps than it was trained for: its pictures break."""
+        most = max(self.info.get("trained_steps") or [0])
+        if steps is not None and most and steps > most:
+            print(f"warning: this model was distilled for {most} step{'s' * (most > 1)}; with {steps} its pictures get worse, not better", file=sys.stderr)
+
+    @torch.no_grad()
+    def decode(self, latents):
+        """Scaled latents [B, 4, h, w] -> images [B, 3, H, W], float32 in [-1, 1]."""
+        return self.vae.decode(latents / self.scale).float().clamp(-1, 1)
+
+    def generate(self, prompts, steps=None, guidance=None, seed=0, first=0, negative="", height=None, width=None):
+        """list[str] -> list of PIL images; None means instaflow.json's. Picture i starts from noise(0, seed, first + i)."""
+        return to_pil(self.decode(self.latents(prompts, steps, guidance, seed, first, negative, height, width)))
+
+
+def to_pil(images):
+    """[B, 3, H, W] in [-1, 1] -> list of PIL images."""
+    pixels = ((images.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    return [Image.fromarray(np.ascontiguousarray(p)) for p in pixels]
+
+
+def grid(rows, labels=None, columns=None, side=192):
+    """Rows of PIL images as one picture, enlarged to `side` px where smaller: labels, one a row, at the left, and
+    columns, one a column, on top (wrapped)."""
+    side = max(side, rows[0][0].width)
+    font, left, top = ImageFont.load_default(15), 150 if labels else 0, 76 if columns else 0
+    sheet = Image.new("RGB", (left + (side + 6) * max(map(len, rows)), top + (side + 6) * len(rows)), "white")
+    write = ImageDraw.Draw(sheet)
+    for i, row in enumerate(rows):
+        for j, image in enumerate(row):
+            sheet.paste(image.resize((side, round(side * image.height / image.width)), Image.Resampling.LANCZOS), (left + j * (side + 6), top + i * (side + 6)))
+        if labels:
+            write.multiline_text((8, top + i * (side + 6) + side // 2), textwrap.fill(labels[i], 17), "black", font, anchor="lm")
+    for j, column in enumerate(columns or []):
+        lines = textwrap.wrap(column, side // 8)
+        write.multiline_text((left + j * (side + 6) + side // 2, top - 6), "\n".join(lines[:3] + ["..."] * (len(lines) > 3)), "black", font, anchor="md", align="center")
+    return sheet
+
+
+def _prediction_of(path):
+    """What model_index.json's class name says. Never guessed."""
+    index = path / "model_index.json"
+    known = {"RectifiedFlowPipeline": "velocity", "StableDiffusionPipeline": "epsilon"}
+    name = weights.read_json(index).get("_class_name") if index.exists() else None
+    if name not in known:
+        raise UserError(f"{path} does not say what its U-Net predicts (no instaflow.json, and model_index.json's class is {name}); say prediction velocity or epsilon")
+    return known[name]

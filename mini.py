@@ -1,0 +1,173 @@
+"""The miniature: Stable Diffusion in small, trained from nothing on captioned scenes, and the whole pipeline on it.
+
+    python mini.py teacher --out models/mini-sd         # VAE, then text tower and noise-predicting U-Net
+    python mini.py all                                  # every stage from nothing, printing each command line it runs
+
+A killed stage goes on where it was: run the same line again.
+"""
+import copy
+import dataclasses
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+import cli
+import scenes
+import training
+import weights
+from diffusion import Schedule
+from instaflow import CONFIGS, PROMPTS, InstaFlow, grid
+from text import TextTower, tokenize
+from unet import UNet
+from vae import VAE
+
+UNET, AUTOENCODER, TEXT = CONFIGS["mini"]                  # factor 4
+LATENT = (AUTOENCODER.latent_channels, scenes.SIZE // AUTOENCODER.factor, scenes.SIZE // AUTOENCODER.factor)
+VAE_TRAINING = Namespace(
+    iterations=5000,
+    batch=8,
+    lr=2e-3,              # cosine to zero
+    warmup=100,
+    ema=0.995,
+    kl=1e-4,              # of the KL a latent: just enough that latents keep a scale
+    seed=0,               # scenes (seed, 0, 1, ...): every picture is new
+    log_every=50,
+    save_every=250,
+)
+TEACHER_TRAINING = Namespace(
+    scenes=64_000,        # encoded once; seen some five times
+    iterations=5000,
+    batch=64,
+    lr=1e-3,              # cosine to zero
+    warmup=200,
+    ema=0.999,
+    drop=0.1,             # of the prompts become NULL, so that guidance has something to guide away from
+    seed=0,
+    log_every=50,
+    save_every=250,
+    sample_every=500,
+)
+GUIDANCE = 2.0            # of the teacher, on noise: chosen on a small grid
+
+
+
+
+
+def images(seed, start, n, split="train"):
+    """Scenes as a network takes them -> (float32 [n, 3, 64, 64] in [-1, 1], captions)."""
+    pixels, captions, _ = scenes.batch(seed, start, n, split)
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1, captions
+
+
+def train_vae(out, world):
+    """L1 and a light KL (Rombach et al. 2022, appendix G, without the adversary) -> the EMA weights as a VAE."""
+    s = VAE_TRAINING
+    torch.manual_seed(s.seed)
+    vae = VAE(AUTOENCODER).to(world.device, memory_format=torch.channels_last)
+    ema, optimizer = copy.deepcopy(vae), training.adamw(vae, s.lr)
+    net = training.distributed(_Autoencode(vae), world)
+    for step, log, lr in training.steps(s, world, f"{out}/training/vae", vae, ema, optimizer, vars(s), cosine=True):
+        start, share = step * s.batch, s.batch // world.size
+        image, _ = images(s.seed, start + world.rank * share, share)
+        noise = training.step_generator(s.seed, step).standard_normal((s.batch, *LATENT), dtype=np.float32)
+        image, noise = image.to(world.device), torch.from_numpy(world.share(noise)).to(world.device)
+        with training.autocast(world.device):
+            decoded, mean, logvar = net(image.contiguous(memory_format=torch.channels_last), noise)
+        error = (decoded.float() - image).abs().mean((1, 2, 3))
+        kl = 0.5 * (mean.float() ** 2 + logvar.float().exp() - 1 - logvar.float()).mean((1, 2, 3))
+        (error + s.kl * kl).mean().backward()
+        training.optimiser_step(optimizer, vae, lr)
+        log.add(error, kl=float(kl.mean()))
+    return ema.eval()
+
+
+class _Autoencode(nn.Module):
+    """Both halves in one forward call, as DistributedDataParallel wants it."""
+
+    def __init__(self, vae):
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, image, noise):
+        mean, logvar = self.vae.encode(image)
+        return self.vae.decode(mean + (0.5 * logvar).exp() * noise), mean, logvar
+
+
+class Teacher(nn.Module):
+    """Text tower and U-Net, trained together: (x [B, 4, h, w], timestep [B], token ids [B, 77]) -> noise."""
+
+    def __init__(self):
+        super().__init__()
+        self.unet, self.text = UNet(UNET), TextTower(TEXT)
+        # Token and position embeddings at one scale: with open_clip's 0.02 and 0.01 beside what the tokens grow to, the
+        # tower stays a bag of words, and "left of" is never learned.
+        nn.init.normal_(self.text.tower.token_embedding.weight, std=0.5)
+        nn.init.normal_(self.text.tower.positional_embedding, std=0.5)
+
+    def forward(self, x, index, ids):
+        return self.unet(x, index, self.text(ids))
+
+
+@torch.no_grad()
+def encode_world(vae, out, world):
+    """The teacher's data, made once: scaled latents (float16) and token ids of `scenes` captioned pictures ->
+    (latents [N, 4, h, w], ids [N, 77], scale)."""
+    path, s = Path(out) / "training" / "world.safetensors", TEACHER_TRAINING
+    if world.rank == 0 and not path.exists():
+        latents, captions = [], []
+        for start in training.tqdm(range(0, s.scenes, 100), desc="encoding scenes", mininterval=1):
+            image, words = images(s.seed, start, 100)
+            with training.autocast(world.device):
+                mean, _ = vae.encode(image.to(world.device).contiguous(memory_format=torch.channels_last))
+            latents.append(mean.float().cpu())
+            captions += words
+        latents = torch.cat(latents)
+        scale = 1 / latents.std()
+        training.write_tensors(path, {"latents": (latents * scale).half(), "ids": tokenize(captions), "scale": scale.reshape(1)})
+    training.barrier()
+    data = load_file(path)
+    return data["latents"], data["ids"], float(data["scale"])
+
+
+def train_teacher(out, world):
+    """Noise prediction as Stable Diffusion's (Ho et al. 2020, equation 14), text tower included -> the saved model."""
+    s = TEACHER_TRAINING
+    vae = train_vae(out, world).to(world.device)
+    latents, ids, scale = encode_world(vae, out, world)
+    vae.config = dataclasses.replace(vae.config, scaling_factor=scale)
+    torch.manual_seed(s.seed)
+    teacher = Teacher().to(world.device, memory_format=torch.channels_last)
+    ema, optimizer = copy.deepcopy(teacher), training.adamw(teacher, s.lr)
+    net, null, bar = training.distributed(teacher, world), tokenize([""]), Schedule.stable_diffusion().alphas_cumprod.float()
+    info = {"prediction": "epsilon", "sampler": "dpm", "steps": 25, "guidance": GUIDANCE}
+    for step, log, lr in training.steps(s, world, f"{out}/training/teacher", teacher, ema, optimizer, vars(s), cosine=True):
+        rows = torch.from_numpy(world.share(training.batch_indices(s.seed, step, s.batch, len(latents))))
+        rng = training.step_generator(s.seed, step)
+        index = torch.from_numpy(world.share(rng.integers(0, 1000, s.batch)))
+        dropped = torch.from_numpy(world.share(rng.random(s.batch) < s.drop))
+        noise = torch.from_numpy(world.share(rng.standard_normal((s.batch, *latents.shape[1:]), dtype=np.float32)))
+        a, b = bar[index].sqrt()[:, None, None, None], (1 - bar[index]).sqrt()[:, None, None, None]
+        x, words = a * latents[rows].float() + b * noise, torch.where(dropped[:, None], null, ids[rows])
+        x, noise, index, words = (y.to(world.device) for y in (x, noise, index, words))
+        with training.autocast(world.device):
+            eps = net(x.contiguous(memory_format=torch.channels_last), index, words)
+        losses = (eps.float() - noise).square().mean((1, 2, 3))
+        losses.mean().backward()
+        log.add(losses, 1 - index / 1000, gradient=training.optimiser_step(optimizer, teacher, lr))
+        if world.rank == 0 and (step + 1) % s.sample_every == 0:
+            pictures = InstaFlow(ema.unet, vae, ema.text, info).generate(PROMPTS)
+            grid([pictures], None, PROMPTS).save(f"{out}/training/teacher/samples-{step + 1:06d}.png")
+    model = InstaFlow(ema.unet.eval(), vae, ema.text.eval(), {**info, "made": training.made(log, s.seed)})
+    if world.rank == 0:
+        model.save(out, dtype=torch.float16)
+    return model
+
+
+if __name__ == "__main__":
+    world = training.start()
+    train_teacher(sys.argv[1], world)

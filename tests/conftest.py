@@ -1,0 +1,71 @@
+import os
+import sys
+from pathlib import Path
+
+# Peers only ever read folders the tests wrote: never let one look on the network.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np
+import pytest
+import torch
+
+# The nets here are too small to share out, and two threads that wait for each other on a busy machine take ten times as long.
+torch.set_num_threads(1)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="also run the tests marked slow")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: takes more than a few seconds; runs with --slow")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--slow"):
+        for item in items:
+            if "slow" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="slow: give --slow"))
+
+
+@pytest.fixture(autouse=True)
+def seeds():
+    """Each test draws the same numbers whether it runs alone or among others."""
+    torch.manual_seed(0)
+    np.random.seed(0)
+
+
+@pytest.fixture
+def plain_convolutions(monkeypatch):
+    """oneDNN builds a kernel for each new shape, which takes ten times as long as these small convolutions do."""
+    monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
+
+
+def relative_error(ours, theirs):
+    """Largest absolute difference over the reference's largest value."""
+    assert ours.shape == theirs.shape, f"shape {tuple(ours.shape)} where the reference has {tuple(theirs.shape)}"
+    return ((ours - theirs).abs().max() / theirs.abs().max()).item()
+
+
+def gradient_error(ours, theirs):
+    """Largest difference of any gradient over the net's largest gradient.
+
+    Relative to the net, since some gradients are zero but for rounding.
+    """
+    ours, theirs = ({n: p.grad for n, p in m.named_parameters()} for m in (ours, theirs))
+    assert set(ours) == set(theirs)
+    missing = [n for n in theirs if ours[n] is None or theirs[n] is None]
+    assert not missing, f"no gradient reached {missing}"
+    largest = max(g.abs().max() for g in theirs.values())
+    assert largest > 0
+    return (max((ours[n] - theirs[n]).abs().max() for n in theirs) / largest).item()
+
+
+@torch.no_grad()
+def randomise(module):
+    """Nothing stays trivially zero or one: biases and norm scales are drawn, so a forgotten one shows."""
+    for name, p in module.named_parameters():
+        if p.ndim == 1:
+            p.copy_(0.1 * torch.randn_like(p) + (1.0 if name.endswith("weight") else 0.0))
+    return module.eval()

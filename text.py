@@ -1,0 +1,82 @@
+"""CLIP's text tower and tokenizer (Radford et al. 2021), built by open_clip: prompts -> states [B, 77, C].
+
+What the U-Net attends to are the last hidden states after the final LayerNorm, of all 77 tokens; the padding is
+the end-of-text token, and is attended to like any other, as in Stable Diffusion.
+"""
+import sys
+import unicodedata
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+VOCABULARY = 49408
+START, END = 49406, 49407
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """The defaults are CLIP ViT-L/14's. Field names are those of transformers' config.json."""
+    hidden_size: int = 768
+    intermediate_size: int = 3072
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    max_position_embeddings: int = 77
+
+    @classmethod
+    def from_dict(cls, config):
+        """From transformers' config.json as a dict. Raises ValueError where it asks for a network that this is not."""
+        config = config.get("text_config") or config
+        for key, value in {"vocab_size": VOCABULARY, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}.items():
+            if config.get(key, value) != value:
+                raise ValueError(f"text config: {key} is {config[key]!r}, but CLIP ViT-L/14's text tower has {value!r}")
+        return cls(**{k: v for k, v in config.items() if k in cls.__dataclass_fields__})
+
+    def to_dict(self):
+        """The config.json that transformers' CLIPTextModel reads."""
+        return {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model", "vocab_size": VOCABULARY, "hidden_act": "quick_gelu",
+                "layer_norm_eps": 1e-5, "bos_token_id": START, "eos_token_id": END, "pad_token_id": 1, "projection_dim": self.hidden_size, **self.__dict__}
+
+
+class TextTower(nn.Module):
+    """forward(prompts list[str], or token ids int64 [B, L]) -> states [B, L, hidden_size], on the tower's device."""
+
+    def __init__(self, config=TextConfig()):
+        super().__init__()
+        from open_clip.transformer import QuickGELU, TextTransformer          # here: importing open_clip takes seconds
+        self.config = config
+        self.tower = TextTransformer(
+            context_length=config.max_position_embeddings, vocab_size=VOCABULARY, width=config.hidden_size, heads=config.num_attention_heads,
+            layers=config.num_hidden_layers, mlp_ratio=config.intermediate_size / config.hidden_size, output_dim=None,
+            act_layer=QuickGELU, output_tokens=True)
+
+    def forward(self, prompts):
+        ids = prompts if torch.is_tensor(prompts) else tokenize(prompts, self.config.max_position_embeddings)
+        return self.tower(ids.to(self.tower.positional_embedding.device))[1]
+
+
+_tokenizer = None
+
+
+def _bpe():
+    """open_clip's byte-pair encoder, with the text cleaned as transformers' CLIPTokenizer does it (NFC, white space, lower
+    case): open_clip's own cleaning also rewrites HTML entities and curly quotes, which Stable Diffusion never did."""
+    global _tokenizer
+    if _tokenizer is None:
+        from open_clip.tokenizer import SimpleTokenizer
+        _tokenizer = SimpleTokenizer()
+        _tokenizer.clean_fn = lambda text: " ".join(unicodedata.normalize("NFC", text).split()).lower()
+    return _tokenizer
+
+
+def tokenize(prompts, length=77):
+    """Token ids, int64 [B, length]: START, the text, END up to the length. A prompt that is too long is cut, with a
+    warning on stderr that names what was cut."""
+    bpe, rows = _bpe(), []
+    for prompt in prompts:
+        ids = bpe.encode(prompt)
+        if len(ids) > length - 2:
+            print(f"warning: the prompt is {len(ids)} tokens long, and {length - 2} fit; cut off: \"{bpe.decode(ids[length - 2:]).strip()}\"", file=sys.stderr)
+        ids = [START] + ids[:length - 2]
+        rows.append(ids + [END] * (length - len(ids)))
+    return torch.tensor(rows, dtype=torch.long).reshape(len(rows), length)

@@ -1,0 +1,60 @@
+"""Reflow, the paper's Algorithm 1: retrain a flow on its teacher's own (noise, image) pairs, which straightens it.
+
+    python train_reflow.py --model models/mini-sd --pairs pairs/sd --out models/mini-2rf
+    torchrun --nproc-per-node 8 train_reflow.py ...                                                     # one node
+    torchrun --nnodes 4 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 train_reflow.py ...
+
+The defaults are the paper's. The teacher's U-Net is the initialisation as it is, also where it predicts noise: it is
+fine-tuned to give the velocity. Run the same line again and it goes on where it was.
+"""
+import copy
+
+import numpy as np
+import torch
+
+import cli
+import flows
+import training
+from instaflow import PROMPTS, InstaFlow, grid, timestep
+from pairs import PairDataset
+
+
+def main():
+    parser = cli.Parser(__doc__)
+    parser.add_argument("--model", required=True, help="initialisation: the model that made the pairs")
+    parser.add_argument("--pairs", required=True, help="folder written by pairs.py")
+    parser.add_argument("--out", required=True, help="folder of the new model; checkpoints and log in its training/")
+    parser.add_argument("--drop", type=float, default=0.1, help="share of prompts made NULL, so that guidance other than 1 stays calibrated")
+    parser.add_argument("--density", choices=("uniform", "u-shaped"), default="uniform", help="of t; the paper: uniform")
+    training.add_flags(parser)
+    args = parser.parse_args()
+
+    world = training.start(args.device)
+    data, model = PairDataset(args.pairs), InstaFlow.load(args.model, world.device)
+    data.check(model)
+    unet = model.unet.requires_grad_(True)
+    ema, optimizer, net = copy.deepcopy(unet).eval(), training.adamw(unet, args.lr, args.weight_decay), training.distributed(unet.train(), world)
+    info = {"prediction": "velocity", "sampler": "euler", "steps": 25, "guidance": 1.5, "pairs": data.info}
+    folder = f"{args.out}/training"
+    for step, log, lr in training.steps(args, world, folder, unet, ema, optimizer, training.recipe(args), args.cosine):
+        rows = world.share(training.batch_indices(args.seed, step, args.batch, len(data)))
+        rng = training.step_generator(args.seed, step)
+        t = world.share(flows.sample_time(args.batch, args.density, rng)).to(world.device)
+        dropped = world.share(rng.random(args.batch) < args.drop)
+        x0, x1, prompts = data.batch(rows)
+        with torch.no_grad(), training.autocast(world.device, args.float32):
+            context = model.text(np.where(dropped, "", prompts).tolist())
+        with training.autocast(world.device, args.float32):
+            losses = flows.flow_loss(lambda x, t: net(x, timestep(t), context), x0.to(world.device), x1.to(world.device), t, "none")
+        losses.mean().backward()
+        log.add(losses, t, gradient=training.optimiser_step(optimizer, unet, lr, args.clip))
+        if world.rank == 0 and (step + 1) % args.sample_every == 0:
+            preview = InstaFlow(ema, model.vae, model.text, info)
+            grid([preview.generate(PROMPTS, steps) for steps in (1, 2, 25)], ["1 step", "2 steps", "25 steps"], PROMPTS).save(f"{folder}/samples-{step + 1:06d}.png")
+    if world.rank == 0:
+        InstaFlow(ema, model.vae, model.text, {**info, "made": training.made(log, args.seed)}, model.base).save(args.out, dtype=torch.float16)
+    training.finish()
+
+
+if __name__ == "__main__":
+    cli.run(main)

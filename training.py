@@ -1,0 +1,329 @@
+"""What every training loop shares: processes, random draws, EMA, the optimiser's step, checkpoints and the log.
+
+Nothing random is ever saved: whatever step s needs is drawn from (seed, s) for the whole global batch, and each
+process takes its slice. So any number of processes trains the same, and a run goes on where it was killed.
+"""
+import json
+import os
+import platform
+import re
+import sys
+import time
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from tqdm import tqdm
+
+import cli
+from cli import UserError
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all: `rank` of `size`, computing on `device`."""
+    rank: int
+    size: int
+    device: torch.device
+
+    def share(self, batch):
+        """This process's slice of a global batch (anything that can be sliced along its first axis)."""
+        if len(batch) % self.size:
+            raise UserError(f"--batch {len(batch)} does not divide among {self.size} processes; choose a multiple")
+        return batch[self.rank * len(batch) // self.size:(self.rank + 1) * len(batch) // self.size]
+
+
+def start(device=None):
+    """Join the process group under torchrun (NCCL on GPUs, gloo on CPUs), or be the only process -> World."""
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if "RANK" not in os.environ:
+        return World(0, 1, torch.device(device))
+    if torch.device(device).type == "cuda":
+        device = f"cuda:{os.environ['LOCAL_RANK']}"        # never RANK: it counts over all nodes
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    return World(dist.get_rank(), dist.get_world_size(), torch.device(device))
+
+
+def finish():
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def barrier():
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def distributed(module, world):
+    """The module whose backward pass averages gradients over all processes; itself where there is one process."""
+    if world.size == 1:
+        return module
+    return torch.nn.parallel.DistributedDataParallel(module, device_ids=[world.device] if world.device.type == "cuda" else None)
+
+
+@contextmanager
+def autocast(device, float32=False):
+    """bf16 arithmetic over float32 master weights; on a CPU only where the processor has bf16 instructions, and with plain
+    attention: there, the fused kernel's backward pass alone takes as long as all the rest of a small network."""
+    fast = device.type == "cuda" or (device.type == "cpu" and torch.cpu._is_avx512_bf16_supported())
+    with torch.autocast(device.type, torch.bfloat16, enabled=fast and not float32):
+        with sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext():
+            yield
+
+
+def made(log, seed):
+    """Where a model comes from, for its JSON: command, seed, hardware, seconds (over all restarts), date."""
+    if torch.cuda.is_available():
+        hardware = torch.cuda.get_device_name()
+    else:
+        names = re.findall(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text()) if Path("/proc/cpuinfo").exists() else []
+        hardware = f"{os.cpu_count()} cores of {names[0] if names else platform.processor() or platform.machine()}"
+    return {"command": " ".join(["python", *sys.argv]), "processes": int(os.environ.get("WORLD_SIZE", 1)), "seed": seed, "hardware": hardware,
+            "seconds": round(sum(line.get("seconds", 0) for line in log.lines)), "date": time.strftime("%Y-%m-%d")}
+
+
+# --- random draws, for the global batch, from (seed, step) ---
+
+def batch_indices(seed, step, batch, size):
+    """Which of `size` items the global batch of `step` holds -> int64 [batch]: every epoch is a fresh permutation."""
+    positions = np.arange(step * batch, (step + 1) * batch)
+    epochs = {epoch: np.random.default_rng([seed, epoch]).permutation(size) for epoch in np.unique(positions // size)}
+    return np.array([epochs[p // size][p % size] for p in positions])
+
+
+def step_generator(seed, step):
+    """numpy's generator of everything else that `step` draws: times, dropped prompts, noise."""
+    return np.random.default_rng([seed, step, 1])          # the third number keeps clear of batch_indices' streams
+
+
+# --- the recipe: what both train_reflow.py and distill.py can be told ---
+
+def add_flags(parser):
+    add = parser.add_argument
+    add("--iterations", type=cli.positive, default=70_000, help="optimiser steps in all")
+    add("--batch", type=cli.positive, default=64, help="pairs a step, over all processes")
+    add("--lr", type=float, default=1e-6, help="the paper's, for fine-tuning Stable Diffusion; small nets want 1e-4 and more")
+    add("--warmup", type=int, default=1000, help="steps until the learning rate is reached")
+    add("--cosine", action="store_true", help="let it fall to zero; the paper keeps it constant")
+    add("--weight-decay", type=float, default=1e-2, help="AdamW's")
+    add("--clip", type=float, default=1.0, help="the gradient's largest norm")
+    add("--ema", type=float, default=0.9999, help="decay of the average of the weights, which is what is saved")
+    add("--seed", type=cli.seed, default=0, help="of the data's order, t and dropped prompts")
+    add("--log-every", type=cli.positive, default=50)
+    add("--save-every", type=cli.positive, default=500, help="steps from checkpoint to checkpoint: what a kill loses at most")
+    add("--sample-every", type=cli.positive, default=1000, help="steps from sample grid to sample grid")
+    add("--float32", action="store_true", help="no bf16")
+    add("--device")
+
+
+def recipe(args):
+    """What of the flags decides the result: a checkpoint made with another recipe is another run's."""
+    return {k: v for k, v in vars(args).items() if k not in ("out", "device", "log_every", "save_every", "sample_every")}
+
+
+# --- the optimiser's step ---
+
+def adamw(model, lr, weight_decay=1e-2):
+    """AdamW as the paper trains with."""
+    return torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=weight_decay, fused=True)
+
+
+def learning_rate(step, lr, warmup, iterations, cosine=False):
+    """Linear warm-up, then constant (the paper) or a cosine to zero (short runs)."""
+    decay = 0.5 * (1 + np.cos(np.pi * min(step / iterations, 1))) if cosine else 1
+    return lr * decay * min(1, (step + 1) / max(warmup, 1))
+
+
+def optimiser_step(optimizer, model, lr, clip=1.0):
+    """Clip the gradient's norm, step, forget the gradient -> the norm before clipping (float)."""
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
+    for group in optimizer.param_groups:
+        group["lr"] = float(lr)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return float(norm)
+
+
+@torch.no_grad()
+def update_ema(ema, model, step, decay=0.9999):
+    """ema <- d ema + (1 - d) model, d warming up with the step so that early weights are forgotten."""
+    d = min(decay, (1 + step) / (10 + step))
+    for e, p in zip(ema.parameters(), model.parameters()):
+        e.lerp_(p, 1 - d)
+
+
+# --- files that survive a kill ---
+
+def write(path, data):
+    """Write bytes under a temporary name, sync, rename: the file is whole or absent. Raises OSError naming the file."""
+    path, temporary = Path(path), Path(f"{path}.{os.getpid()}.tmp")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(path)) from None
+
+
+def write_tensors(path, tensors, metadata=None, dtype=None):
+    """A safetensors file, written as `write` does. dtype None keeps each tensor's own."""
+    packed = {k: v.detach().to("cpu", dtype, memory_format=torch.contiguous_format).contiguous() for k, v in tensors.items()}
+    write(path, save(packed, {"format": "pt"} | (metadata or {})))
+
+
+def save_checkpoint(folder, step, tensors, metadata=None, keep=2):
+    """Write `folder`/step-00001234.safetensors (float32 as given, plus JSON metadata) and keep the newest `keep`."""
+    write_tensors(Path(folder) / f"step-{step:08d}.safetensors", tensors, {"json": json.dumps(metadata or {})})
+    for old in checkpoints(folder)[:-keep]:
+        old.unlink(missing_ok=True)
+
+
+def checkpoints(folder):
+    return sorted(p for p in Path(folder).glob("step-*.safetensors") if re.fullmatch(r"step-\d{8}", p.stem))
+
+
+def load_checkpoint(folder):
+    """The newest checkpoint that reads whole -> (step, tensors, metadata), (0, None, {}) where there is none.
+    A damaged one is passed over with a warning."""
+    for path in reversed(checkpoints(folder)):
+        try:
+            with safe_open(path, "pt") as file:
+                tensors = {k: file.get_tensor(k) for k in file.keys()}
+                return int(path.stem[5:]), tensors, json.loads((file.metadata() or {}).get("json", "{}"))
+        except (SafetensorError, OSError, ValueError) as error:
+            print(f"warning: {path} is damaged ({error}); going back to the one before", file=sys.stderr)
+    return 0, None, {}
+
+
+def pack(model, ema, optimizer):
+    """Weights, EMA and AdamW's moments as one flat dict of tensors, for `save_checkpoint`."""
+    tensors = {f"model.{k}": v for k, v in model.state_dict().items()} | {f"ema.{k}": v for k, v in ema.state_dict().items()}
+    names = [k for k, _ in model.named_parameters()]
+    for i, state in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{names[i]}.{k}": v for k, v in state.items()}
+    return tensors
+
+
+def unpack(tensors, model, ema, optimizer):
+    """The inverse of `pack`; strict: a key too many or too few is an error."""
+    part = lambda prefix: {k[len(prefix):]: v for k, v in tensors.items() if k.startswith(prefix)}
+    model.load_state_dict(part("model."))
+    ema.load_state_dict(part("ema."))
+    state = {}
+    for i, (name, _) in enumerate(model.named_parameters()):
+        state[i] = {k: tensors[f"optimizer.{name}.{k}"] for k in ("step", "exp_avg", "exp_avg_sq")}
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def resume(folder, model, ema, optimizer, recipe):
+    """Go on from the newest checkpoint in `folder` -> the step to do next (0 where there is none).
+    `recipe` (a JSON-like dict) must be what the checkpoint was made with. Raises UserError."""
+    step, tensors, metadata = load_checkpoint(folder)
+    if tensors is None:
+        return 0
+    changed = [k for k in recipe if metadata.get("recipe", {}).get(k) != recipe[k]]
+    if changed:
+        raise UserError(f"{folder} holds a run with other settings ({', '.join(changed)}); give the same ones, or another --out, or delete that folder")
+    unpack(tensors, model, ema, optimizer)
+    return step
+
+
+def steps(settings, world, folder, model, ema, optimizer, recipe, cosine=False):
+    """Yield (step, log, learning rate) for every step that is still to do, going on from the newest checkpoint in `folder`.
+    When the loop's body has ended: EMA, and now and then a line of the log and a checkpoint.
+    settings: .iterations, .lr, .warmup, .ema, .log_every, .save_every. Raises UserError where `folder` holds another run."""
+    first = resume(folder, model, ema, optimizer, recipe)
+    log = Log(folder, first, writes=world.rank == 0)
+    bar = tqdm(range(first, settings.iterations), initial=first, total=settings.iterations, desc=Path(folder).name,
+               disable=world.rank > 0, mininterval=1, dynamic_ncols=True)
+    for step in bar:
+        yield step, log, learning_rate(step, settings.lr, settings.warmup, settings.iterations, cosine)
+        update_ema(ema, model, step, settings.ema)
+        last = step + 1 == settings.iterations
+        if last or (step + 1) % settings.log_every == 0:
+            bar.set_postfix(loss=f"{log.write(step + 1, world)['loss']:.4f}", refresh=False)
+        if (last or (step + 1) % settings.save_every == 0) and world.rank == 0:
+            save_checkpoint(folder, step + 1, pack(model, ema, optimizer), {"recipe": recipe})
+            log.plot(Path(folder).name)
+
+
+# --- the log ---
+
+class Log:
+    """JSON lines in `folder`/log.jsonl and their plot, log.png. Lines from `step` on (of a run that was killed) go."""
+
+    def __init__(self, folder, step=0, bins=10, writes=True):
+        self.path, self.bins, self.writes = Path(folder) / "log.jsonl", bins, writes
+        lines = self.path.read_text().splitlines() if self.path.exists() else []
+        self.lines = [line for line in map(_json, lines) if line and line["step"] <= step]
+        if writes:
+            write(self.path, "".join(json.dumps(line) + "\n" for line in self.lines).encode())
+        self.clear()
+
+    def clear(self):
+        self.sum, self.count, self.last, self.started = torch.zeros(self.bins + 1), torch.zeros(self.bins + 1), {}, time.time()
+
+    def add(self, losses, t=None, **values):
+        """Losses [B] at times t [B] (for the bins) and any other numbers, of which the last is written."""
+        losses, t = losses.detach().float().cpu(), None if t is None else t.detach().float().cpu()
+        which = torch.zeros(0, dtype=torch.long) if t is None else (t * self.bins).long().clamp(0, self.bins - 1)
+        self.sum[self.bins] += losses.sum()
+        self.count[self.bins] += len(losses)
+        if t is not None:
+            self.sum.index_add_(0, which, losses)
+            self.count.index_add_(0, which, torch.ones_like(losses))
+        self.last |= values
+
+    def write(self, step, world):
+        """Average over all processes since the last line, and write one line."""
+        sums = torch.stack([self.sum, self.count]).to(world.device)
+        if world.size > 1:
+            dist.all_reduce(sums)
+        mean = (sums[0] / sums[1]).tolist()                # 0/0 is NaN: an empty bin
+        seconds = time.time() - self.started
+        line = {"step": step, "loss": mean[-1], **self.last, "seconds": round(seconds, 2), "samples_per_second": round(float(sums[1][-1]) / seconds, 1)}
+        if sums[1][:-1].any():
+            line["loss_by_t"] = [None if m != m else round(m, 6) for m in mean[:-1]]
+        self.clear()
+        if self.writes:
+            self.lines.append(line)
+            with open(self.path, "a") as file:
+                file.write(json.dumps(line) + "\n")
+        return line
+
+    def plot(self, title):
+        """Loss over steps, and the last loss by t: log.png beside log.jsonl."""
+        import matplotlib
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+        binned = [line for line in self.lines if "loss_by_t" in line]
+        figure, axes = plt.subplots(1, 2 if binned else 1, figsize=(11 if binned else 6, 4), squeeze=False)
+        axes[0, 0].plot([line["step"] for line in self.lines], [line["loss"] for line in self.lines])
+        axes[0, 0].set(xlabel="iteration", ylabel="loss", yscale="log", title=title)
+        if binned:
+            centres = (np.arange(self.bins) + 0.5) / self.bins
+            axes[0, 1].plot(centres, [np.nan if v is None else v for v in binned[-1]["loss_by_t"]], "o-")
+            axes[0, 1].set(xlabel="t (0 noise, 1 image)", ylabel="loss", title=f"by time, at iteration {binned[-1]['step']}")
+        figure.tight_layout()
+        figure.savefig(self.path.with_suffix(".png"), dpi=90)
+        plt.close(figure)
+
+
+def _json(line):
+    try:
+        return json.loads(line)
+    except ValueError:
+        return None                                        # the line a kill cut short
