@@ -12,7 +12,7 @@ class UserError(ValueError):
 class Parser(argparse.ArgumentParser):
     """argparse with the launch lines of the script's docstring kept, and errors of one line."""
 
-    def __init__(self, doc, **kwargs):
+    def __init__(self, doc=None, **kwargs):
         super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **kwargs)
 
     def error(self, message):

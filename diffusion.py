@@ -59,7 +59,7 @@ def ddim(eps, x, steps, schedule):
     stride = 1000 // steps
     bar = schedule.alphas_cumprod
     for i in reversed(range(steps)):
-        now = min(i * stride + 1, 999)
+        now = i * stride + 1
         here, there = bar[now], bar[max(now - stride, 0)]
         e = _call(eps, x, now)
         x1 = (x - float((1 - here).sqrt()) * e) / float(here.sqrt())
@@ -69,7 +69,7 @@ def ddim(eps, x, steps, schedule):
 
 def dpm_solver(eps, x, steps, schedule):
     """DPM-Solver++(2M) (Lu et al. 2022, algorithm 2) from noise x [B, ...] -> x_0: second order, one call a step, evenly
-    spaced timesteps, the first step and (below 15 steps) the last of first order, the end at sigma 0.
+    spaced timesteps, the end at sigma 0; the first and the last step are of first order.
     steps: 1 to 999, else ValueError."""
     _steps_ok(steps)
     grid = np.linspace(0, 999, steps + 1).round()[1:][::-1].astype(int)
@@ -96,8 +96,8 @@ def velocity_from_eps(eps, schedule):
     """
     def v(z, t):
         shape = [-1] + [1] * (z.dim() - 1)
-        index, a, b = (y.to(z.dtype) for y in schedule.index(t))
-        a, b = a.reshape(shape), b.reshape(shape)
+        index, a, b = schedule.index(t)                                      # the index stays exact: bfloat16 would round 914.2 to 916
+        a, b = a.to(z.dtype).reshape(shape), b.to(z.dtype).reshape(shape)
         x = z / (t ** 2 + (1 - t) ** 2).sqrt().to(z.dtype).reshape(shape)    # a^2 + b^2 = 1: the ratio of the two paths' norms
         e = eps(x, index)
         return (x - b * e) / a - e

@@ -81,20 +81,22 @@ def euler(velocity, x0, steps, path=False):
 
     -> Z_1 with the shape of x0; with path=True all points, [steps + 1, B, ...], x0 first. steps < 1 is a ValueError.
     """
-    points = [x0]
+    x, points = x0, [x0]
     for t in _grid(x0, steps):
-        points.append(points[-1] + velocity(points[-1], t) / steps)
-    return torch.stack(points) if path else points[-1]
+        x = x + velocity(x, t) / steps
+        points += [x] if path else []
+    return torch.stack(points) if path else x
 
 
 def heun(velocity, x0, steps, path=False):
     """Euler's step corrected by the velocity at its end: second order, two calls a step. Else as `euler`."""
-    points = [x0]
+    x, points = x0, [x0]
     for t in _grid(x0, steps):
-        first = velocity(points[-1], t)
-        second = velocity(points[-1] + first / steps, (t + 1 / steps).clamp(max=1))
-        points.append(points[-1] + (first + second) / (2 * steps))
-    return torch.stack(points) if path else points[-1]
+        first = velocity(x, t)
+        second = velocity(x + first / steps, (t + 1 / steps).clamp(max=1))
+        x = x + (first + second) / (2 * steps)
+        points += [x] if path else []
+    return torch.stack(points) if path else x
 
 
 def straightness(velocity, x0, steps=100):
@@ -102,6 +104,8 @@ def straightness(velocity, x0, steps=100):
 
     The left Riemann sum over Euler's own points, Z_1 the path's end, the mean over batch and elements -> 0-d tensor.
     """
-    points = euler(velocity, x0, steps, path=True)
-    velocities = (points[1:] - points[:-1]) * steps        # what Euler took: no second call
-    return (points[-1] - points[0] - velocities).square().mean()
+    x, velocities = x0, []
+    for t in _grid(x0, steps):
+        velocities.append(velocity(x, t))
+        x = x + velocities[-1] / steps
+    return torch.stack([(x - x0 - v).float().square().mean() for v in velocities]).mean()

@@ -7,6 +7,7 @@ A killed stage goes on where it was: run the same line again.
 """
 import copy
 import dataclasses
+import subprocess
 import sys
 from argparse import Namespace
 from pathlib import Path
@@ -29,15 +30,15 @@ from vae import VAE
 UNET, AUTOENCODER, TEXT = CONFIGS["mini"]                  # factor 4
 LATENT = (AUTOENCODER.latent_channels, scenes.SIZE // AUTOENCODER.factor, scenes.SIZE // AUTOENCODER.factor)
 VAE_TRAINING = Namespace(
-    iterations=5000,
+    iterations=10000,
     batch=8,
     lr=2e-3,              # cosine to zero
     warmup=100,
     ema=0.995,
-    kl=1e-4,              # of the KL a latent: just enough that latents keep a scale
+    kl=1e-5,              # of the KL a latent: just enough that latents keep a scale
     seed=0,               # scenes (seed, 0, 1, ...): every picture is new
     log_every=50,
-    save_every=250,
+    save_every=500,
 )
 TEACHER_TRAINING = Namespace(
     scenes=64_000,        # encoded once; seen some five times
@@ -65,7 +66,8 @@ def images(seed, start, n, split="train"):
 
 
 def train_vae(out, world):
-    """L1 and a light KL (Rombach et al. 2022, appendix G, without the adversary) -> the EMA weights as a VAE."""
+    """L1 + 2 L2 and a light KL (Rombach et al. 2022, appendix G, without the adversary) -> the EMA weights as a VAE.
+    L1 alone keeps faint textures at the cost of small objects' shapes; L2 weighs those, where the error is large."""
     s = VAE_TRAINING
     torch.manual_seed(s.seed)
     vae = VAE(AUTOENCODER).to(world.device, memory_format=torch.channels_last)
@@ -78,7 +80,8 @@ def train_vae(out, world):
         image, noise = image.to(world.device), torch.from_numpy(world.share(noise)).to(world.device)
         with training.autocast(world.device):
             decoded, mean, logvar = net(image.contiguous(memory_format=torch.channels_last), noise)
-        error = (decoded.float() - image).abs().mean((1, 2, 3))
+        difference = decoded.float() - image
+        error = (difference.abs() + 2 * difference.square()).mean((1, 2, 3))
         kl = 0.5 * (mean.float() ** 2 + logvar.float().exp() - 1 - logvar.float()).mean((1, 2, 3))
         (error + s.kl * kl).mean().backward()
         training.optimiser_step(optimizer, vae, lr)
@@ -168,6 +171,58 @@ def train_teacher(out, world):
     return model
 
 
-if __name__ == "__main__":
+# --- everything, from nothing ---
+
+STUDENT = "--batch 64 --lr 5e-4 --warmup 100 --cosine --ema 0.998 --save-every 200 --sample-every 500"
+
+
+def pipeline(root, short=False):
+    """The command lines of the whole miniature, in order; the folders aside, DESIGN.md's and the paper's pipeline."""
+    n = (lambda full, little: little if short else full)
+    models, pairs = f"{root}/models", f"{root}/pairs"
+    lines = f"""
+        judge.py train --out {models}/mini-judge {n("", "--images 200 --iterations 4")}
+        mini.py teacher --out {models}/mini-sd {n("", "--short")}
+        scenes.py --captions {n(16384, 64)} --seed 1 --out {pairs}/captions.txt
+        pairs.py --model {models}/mini-sd --prompts {pairs}/captions.txt --steps {n(12, 2)} --guidance {GUIDANCE} --out {pairs}/sd
+        train_reflow.py --model {models}/mini-sd --pairs {pairs}/sd --out {models}/mini-2rf --iterations {n(1500, 4)} {STUDENT}
+        distill.py --model {models}/mini-sd --pairs {pairs}/sd --out {models}/mini-direct --iterations {n(1500, 4)} {STUDENT}
+        pairs.py --model {models}/mini-2rf --prompts {pairs}/captions.txt --steps {n(12, 2)} --guidance 1.5 --out {pairs}/2rf
+        distill.py --model {models}/mini-2rf --pairs {pairs}/2rf --out {models}/mini-instaflow-l2 --iterations {n(1000, 4)} {STUDENT}
+        distill.py --model {models}/mini-instaflow-l2 --pairs {pairs}/2rf --out {models}/mini-instaflow --loss lpips --vgg {models}/mini-judge/judge.safetensors --lpips-size 0 --iterations {n(500, 4)} {STUDENT}
+        experiments.py table --models {models} --judge {models}/mini-judge --out {root}/table.json {n("", "--n 100 --rows mini-2rf:1,mini-instaflow:1")}
+        """.splitlines()
+    return [" ".join(line.split()) for line in lines if line.strip()]
+
+
+def run_all(args, world):
+    for line in pipeline(args.root, args.short):
+        print(f"\n$ python {line}", flush=True)
+        script, *words = line.split()
+        code = subprocess.run([sys.executable, Path(__file__).parent / script, *words], check=False).returncode
+        if code:
+            raise cli.UserError(f"`python {line}` ended with status {code}; mend what it says, and run the same line again: it goes on from there")
+
+
+def main():
+    parser = cli.Parser(__doc__)
+    commands = parser.add_subparsers(required=True, parser_class=cli.Parser)
+    teacher = commands.add_parser("teacher", doc=train_teacher.__doc__)
+    teacher.set_defaults(run=lambda args, world: train_teacher(args.out, world))
+    teacher.add_argument("--out", required=True, help="folder of the model")
+    everything = commands.add_parser("all", doc="The whole pipeline from nothing: some hours of two CPU cores.")
+    everything.set_defaults(run=run_all)
+    everything.add_argument("--root", default="runs/mini", help="where models/ and pairs/ are made")
+    for command in (teacher, everything):
+        command.add_argument("--short", action="store_true", help="a few steps of everything: the plumbing, no pictures")
+    args = parser.parse_args()
+    if args.short:
+        for settings in (VAE_TRAINING, TEACHER_TRAINING):
+            vars(settings).update({k: v for k, v in dict(iterations=4, batch=4, scenes=100, save_every=2, log_every=2).items() if hasattr(settings, k)})
     world = training.start()
-    train_teacher(sys.argv[1], world)
+    args.run(args, world)
+    training.finish()
+
+
+if __name__ == "__main__":
+    cli.run(main)

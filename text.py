@@ -3,6 +3,7 @@
 What the U-Net attends to are the last hidden states after the final LayerNorm, of all 77 tokens; the padding is
 the end-of-text token, and is attended to like any other, as in Stable Diffusion.
 """
+import functools
 import sys
 import unicodedata
 from dataclasses import dataclass
@@ -55,18 +56,18 @@ class TextTower(nn.Module):
         return self.tower(ids.to(self.tower.positional_embedding.device))[1]
 
 
-_tokenizer = None
-
-
+@functools.cache
 def _bpe():
-    """open_clip's byte-pair encoder, with the text cleaned as transformers' CLIPTokenizer does it (NFC, white space, lower
-    case): open_clip's own cleaning also rewrites HTML entities and curly quotes, which Stable Diffusion never did."""
-    global _tokenizer
-    if _tokenizer is None:
-        from open_clip.tokenizer import SimpleTokenizer
-        _tokenizer = SimpleTokenizer()
-        _tokenizer.clean_fn = lambda text: " ".join(unicodedata.normalize("NFC", text).split()).lower()
-    return _tokenizer
+    """open_clip's byte-pair encoder, told to read text as transformers' CLIPTokenizer does: its own cleaning rewrites HTML
+    entities and curly quotes, which Stable Diffusion never did, and it spells the two special tokens otherwise."""
+    import regex                                           # open_clip needs it too
+    from open_clip.tokenizer import SimpleTokenizer
+    bpe, special = SimpleTokenizer(), {"<|startoftext|>": START, "<|endoftext|>": END}
+    bpe.clean_fn = lambda text: "".join(c.lower() for c in " ".join(unicodedata.normalize("NFC", text).split()))   # a letter at a time: a final sigma stays one
+    bpe.pat = regex.compile(r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+")
+    bpe.encoder.update(special)
+    bpe.cache = {token: token for token in special}
+    return bpe
 
 
 def tokenize(prompts, length=77):

@@ -80,14 +80,18 @@ def autocast(device, float32=False):
             yield
 
 
+def hardware():
+    """The device's name, for whoever reads a number measured on it."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    info = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*:\s*(.+)", info.read_text()) if info.exists() else []
+    return f"{os.cpu_count()} cores of {names[0] if names else platform.processor() or platform.machine()}"
+
+
 def made(log, seed):
     """Where a model comes from, for its JSON: command, seed, hardware, seconds (over all restarts), date."""
-    if torch.cuda.is_available():
-        hardware = torch.cuda.get_device_name()
-    else:
-        names = re.findall(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text()) if Path("/proc/cpuinfo").exists() else []
-        hardware = f"{os.cpu_count()} cores of {names[0] if names else platform.processor() or platform.machine()}"
-    return {"command": " ".join(["python", *sys.argv]), "processes": int(os.environ.get("WORLD_SIZE", 1)), "seed": seed, "hardware": hardware,
+    return {"command": " ".join(["python", *sys.argv]), "processes": int(os.environ.get("WORLD_SIZE", 1)), "seed": seed, "hardware": hardware(),
             "seconds": round(sum(line.get("seconds", 0) for line in log.lines)), "date": time.strftime("%Y-%m-%d")}
 
 
