@@ -22,13 +22,13 @@ def _as(t, x):
 
 
 def interpolate(x0, x1, t):
-    """X_t = (1 - t) X0 + t X1 (equation 2: the line between noise and image)."""
+    """X_t = (1 - t) X0 + t X1 (InstaFlow section 2: the line between noise and image)."""
     t = _as(t, x0)
     return (1 - t) * x0 + t * x1
 
 
 def flow_loss(velocity, x0, x1, t, reduction="mean"):
-    """E ||(X1 - X0) - v(X_t, t)||^2 (equation 2), averaged over elements. reduction: "mean" -> 0-d, "none" -> [B]."""
+    """E ||(X1 - X0) - v(X_t, t)||^2 (the rectified flow objective), averaged over elements. reduction: "mean" -> 0-d, "none" -> [B]."""
     if reduction not in ("mean", "none"):
         raise ValueError(f'reduction is {reduction!r}; it must be "mean" or "none"')
     error = (x1 - x0) - velocity(interpolate(x0, x1, t), t)
@@ -40,7 +40,7 @@ def sample_time(n, density="uniform", generator=None):
     """t ~ p(t) -> float32 [n]. generator: a numpy one (default: fresh).
 
     "uniform" is the paper's. "u-shaped" is p(t) ~ e^{at} + e^{a(1-t)}, a = 4, squeezed into [1e-5, 1 - 1e-5]
-    (Lee, Lin and Fanti 2024, section 4.1). Raises ValueError for another name.
+    (Lee, Lin and Fanti 2024, section 4). Raises ValueError for another name.
     """
     u = (generator or np.random.default_rng()).random((2, n))
     if density == "uniform":
@@ -55,7 +55,7 @@ def sample_time(n, density="uniform", generator=None):
 
 
 def guided(velocity, context, null, alpha):
-    """v^alpha = alpha v(.|T) + (1 - alpha) v(.|NULL) (equation 8), of a velocity(x, t, context) -> a function v(x, t).
+    """v^alpha = alpha v(.|T) + (1 - alpha) v(.|NULL), guidance on the velocity, of a velocity(x, t, context) -> a function v(x, t).
 
     context: [B, ...], null the same or [1, ...]. Both run as one batch of 2 B; alpha = 1 needs no NULL, and costs one call of B.
     """
@@ -77,7 +77,7 @@ def _grid(x, steps):
 
 
 def euler(velocity, x0, steps, path=False):
-    """Z += v(Z, t) / N for t = 0, 1/N, ... (equation 1 discretised; exact in one step where the flow is straight).
+    """Z += v(Z, t) / N for t = 0, 1/N, ... (the ODE dZ = v dt in N steps; exact in one step where the flow is straight).
 
     -> Z_1 with the shape of x0; with path=True all points, [steps + 1, B, ...], x0 first. steps < 1 is a ValueError.
     """

@@ -144,8 +144,8 @@ class InstaFlow:
     @torch.no_grad()
     def solve(self, x0, context, null, steps=None, guidance=None, sampler=None):
         """From noise x0 [B, 4, h, w] along the model's ODE -> latents [B, 4, h, w]. context [B, L, C], null [1, L, C].
-        Guidance is taken on what the U-Net predicts: on noise as Stable Diffusion does, on velocity as the paper does
-        (equation 8); it is the same formula. Raises ValueError for steps < 1, UserError for a sampler of the other kind."""
+        Guidance is taken on what the U-Net predicts: on noise as Stable Diffusion does, on velocity as the paper does;
+        it is the same formula. Raises ValueError for steps < 1, UserError for a sampler of the other kind."""
         steps = self.info["steps"] if steps is None else steps
         alpha = self.info["guidance"] if guidance is None else guidance
         sampler = sampler or self.info["sampler"]

@@ -250,8 +250,8 @@ def steps(settings, world, folder, model, ema, optimizer, recipe, cosine=False):
     When the loop's body has ended: EMA, and now and then a line of the log and a checkpoint.
     settings: .iterations, .lr, .warmup, .ema, .log_every, .save_every. Raises UserError where `folder` holds another run."""
     first = resume(folder, model, ema, optimizer, recipe)
-    log = Log(folder, first, writes=world.rank == 0)
-    bar = tqdm(range(first, settings.iterations), initial=first, total=settings.iterations, desc=Path(folder).name,
+    log, name = Log(folder, first, writes=world.rank == 0), "/".join(Path(folder).parts[-3:]).replace("/training", "")
+    bar = tqdm(range(first, settings.iterations), initial=first, total=settings.iterations, desc=name,
                disable=world.rank > 0, mininterval=1, dynamic_ncols=True)
     for step in bar:
         yield step, log, learning_rate(step, settings.lr, settings.warmup, settings.iterations, cosine)
@@ -261,7 +261,7 @@ def steps(settings, world, folder, model, ema, optimizer, recipe, cosine=False):
             bar.set_postfix(loss=f"{log.write(step + 1, world)['loss']:.4f}", refresh=False)
         if (last or (step + 1) % settings.save_every == 0) and world.rank == 0:
             save_checkpoint(folder, step + 1, pack(model, ema, optimizer), {"recipe": recipe})
-            log.plot(Path(folder).name)
+            log.plot(name)
 
 
 # --- the log ---

@@ -1,3 +1,4 @@
+import importlib
 import os
 import sys
 from pathlib import Path
@@ -69,3 +70,52 @@ def randomise(module):
         if p.ndim == 1:
             p.copy_(0.1 * torch.randn_like(p) + (1.0 if name.endswith("weight") else 0.0))
     return module.eval()
+
+
+# --- a whole model small enough to train in a test, and command lines ---
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """A folder with two models of random weights: `teacher` predicts noise, `flow` velocity and borrows teacher's VAE and
+    text tower. Latents are [4, 8, 8], pictures 16 x 16. Nobody writes into it."""
+    from instaflow import InstaFlow
+    from text import TextConfig, TextTower
+    from unet import UNet, UNetConfig
+    from vae import VAE, VAEConfig
+    folder = tmp_path_factory.mktemp("tiny")
+    config = UNetConfig(block_out_channels=(8, 16), down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+                        layers_per_block=1, attention_head_dim=2, cross_attention_dim=8, norm_num_groups=2, sample_size=8)
+    torch.manual_seed(1)
+    vae = randomise(VAE(VAEConfig(block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=2, sample_size=16)))
+    text = randomise(TextTower(TextConfig(hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)))
+    InstaFlow(randomise(UNet(config)), vae, text, {"prediction": "epsilon", "steps": 4, "guidance": 2.0}).save(folder / "teacher")
+    InstaFlow(randomise(UNet(config)), vae, text, {"prediction": "velocity", "steps": 3, "guidance": 1.5}, folder / "teacher").save(folder / "flow")
+    return folder
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """A command line, run in this process: command("sample.py", "--steps", 1, ...) -> (exit status, stdout, stderr).
+    What would be a traceback is raised."""
+    def run(script, *words):
+        import cli
+        module = importlib.import_module(script.removesuffix(".py"))
+        monkeypatch.setattr(sys, "argv", [script, *map(str, words)])
+        capsys.readouterr()
+        status = 0
+        try:
+            cli.run(module.main)
+        except SystemExit as end:
+            status = end.code or 0
+        return status, *capsys.readouterr()
+    return run
+
+
+def one_line(result, *words):
+    """Whether a command line's result is what a user's mistake must give: status 2 and one line on stderr, with these words."""
+    status, out, err = result
+    assert status == 2, f"exit status {status}: {err}"
+    assert err.count("\n") == 1 and err.endswith("\n"), f"not one line: {err!r}"
+    missing = [w for w in map(str, words) if w not in err]
+    assert not missing, f"{missing} not in {err!r}"
+    return True
