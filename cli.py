@@ -4,6 +4,8 @@ import errno
 import sys
 from pathlib import Path
 
+from tqdm import tqdm
+
 
 class UserError(ValueError):
     """Something the user can mend. The message is one line that names the file or flag, and the mend."""
@@ -21,17 +23,32 @@ class Parser(argparse.ArgumentParser):
 
 def positive(text):
     """An argparse type: a whole number of at least 1."""
-    value = int(text) if text.lstrip("+-").isdigit() else 0
+    value = int(text) if text.removeprefix("+").isdecimal() else 0
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 1")
     return value
 
 
 def seed(text):
-    """An argparse type: a whole number of at least 0 (numpy's generators take no other)."""
-    if not text.isdigit():
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 0")
-    return int(text)
+    """An argparse type: a whole number from 0 (numpy's generators take no other) to 2^63 - 1 (nor does a tensor)."""
+    value = int(text) if text.isdecimal() else -1
+    if not 0 <= value < 2 ** 63:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 0" + " and below 2^63" * (value > 0))
+    return value
+
+
+def device(text):
+    """An argparse type: a device that torch can compute on here. (No GPU is touched: under torchrun each process has its own.)"""
+    import torch
+    try:
+        kind = torch.device(text)
+        if kind.type != "cuda":
+            torch.zeros(1, device=kind).item()             # .item(): "meta" would pass without
+        elif (kind.index or 0) >= torch.cuda.device_count():
+            raise RuntimeError(f"there are {torch.cuda.device_count()} GPUs")
+    except (RuntimeError, AssertionError, ImportError) as error:
+        raise argparse.ArgumentTypeError(f"{text} cannot be used ({str(error).splitlines()[0][:150]})") from None
+    return text
 
 
 def run(main):
@@ -52,7 +69,7 @@ def run(main):
 
 
 def fail(message):
-    print(f"{Path(sys.argv[0]).name}: {' '.join(str(message).split())}", file=sys.stderr)
+    tqdm.write(f"{Path(sys.argv[0]).name}: {' '.join(str(message).split())}", file=sys.stderr)      # not at the end of a progress bar
     sys.exit(2)
 
 

@@ -40,11 +40,13 @@ def main():
     parser.add_argument("--loss", choices=("l2", "lpips"), default="l2", help="between latents, or between decoded images")
     parser.add_argument("--vgg", help="for lpips: VGG16's weights (torchvision's file), or the judge's")
     parser.add_argument("--linear", help="for lpips: the lpips package's weights of layers (default: all channels alike)")
-    parser.add_argument("--lpips-size", type=int, default=224, help="pixels a side that LPIPS sees; 0 leaves images as they are")
+    parser.add_argument("--lpips-size", type=cli.seed, default=224, help="pixels a side that LPIPS sees; 0 leaves images as they are")
     training.add_flags(parser)
     args = parser.parse_args()
     if args.loss == "lpips" and not args.vgg:
         raise UserError("--loss lpips needs --vgg, the file of VGG16's weights")
+    if 0 < args.lpips_size < 16:
+        raise UserError(f"--lpips-size {args.lpips_size} is too small for VGG16, which halves a picture four times; give at least 16")
 
     world = training.start(args.device)
     data, model = PairDataset(args.pairs), InstaFlow.load(args.model, world.device)
@@ -69,7 +71,7 @@ def main():
             pictures = InstaFlow(ema, model.vae, model.text, info).generate(PROMPTS)
             grid([pictures], None, PROMPTS).save(f"{folder}/samples-{step + 1:06d}.png")
     if world.rank == 0:
-        InstaFlow(ema, model.vae, model.text, {**info, "made": training.made(log, args.seed)}, model.base).save(args.out, dtype=torch.float16)
+        InstaFlow(ema, model.vae, model.text, {**info, "made": training.made(folder, args.seed)}, model.base).save(args.out, dtype=torch.float16)
     training.finish()
 
 

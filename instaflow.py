@@ -153,6 +153,8 @@ class InstaFlow:
             return SAMPLERS[sampler](flows.guided(self.velocity, context, null, alpha), x0, steps)
         if self.info["prediction"] != "epsilon":
             raise UserError(f"sampler {sampler} needs a noise predictor, and this model predicts velocity; use euler or heun")
+        if steps > 999:
+            raise UserError(f"steps is {steps}; sampler {sampler} takes at most 999")
         return SAMPLERS[sampler](flows.guided(self.unet, context, null, alpha), x0, steps, self.schedule)
 
     def latents(self, prompts, steps=None, guidance=None, seed=0, first=0, negative="", height=None, width=None):

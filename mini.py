@@ -165,7 +165,7 @@ def train_teacher(out, world):
         if world.rank == 0 and (step + 1) % s.sample_every == 0:
             pictures = InstaFlow(ema.unet, vae, ema.text, info).generate(PROMPTS)
             grid([pictures], None, PROMPTS).save(f"{out}/training/teacher/samples-{step + 1:06d}.png")
-    model = InstaFlow(ema.unet.eval(), vae, ema.text.eval(), {**info, "made": training.made(log, s.seed)})
+    model = InstaFlow(ema.unet.eval(), vae, ema.text.eval(), {**info, "made": training.made(f"{out}/training/teacher", s.seed)})
     if world.rank == 0:
         model.save(out, dtype=torch.float16)
     return model

@@ -126,7 +126,7 @@ def main():
     parser.add_argument("--batch", type=cli.positive, default=64, help="pictures at a time")
     parser.add_argument("--shard", type=cli.positive, default=1024, help="pairs a file: what a kill loses at most")
     parser.add_argument("--float32", action="store_true", help="no bf16")
-    parser.add_argument("--device")
+    parser.add_argument("--device", type=cli.device, help="default: the GPU where there is one")
     args = parser.parse_args()
 
     world = training.start(args.device)
@@ -137,8 +137,8 @@ def main():
     number = args.number or len(prompts)
     info = {"model": args.model, "sampler": model.info["sampler"], "steps": args.steps, "guidance": args.guidance, "number": number,
             "shard": args.shard, "seed": args.seed, "prompts": zlib.crc32("\n".join(prompts).encode())}
-    first = shard_path(args.out, 0)
-    if first.exists() and (old := json.loads(open_shard(first).metadata()["json"])) != info:
+    first = next(iter(sorted(Path(args.out).glob("shard-*.safetensors"))), None)
+    if first and (old := json.loads(open_shard(first).metadata()["json"])) != info:
         changed = [k for k in info if old.get(k) != info[k]]
         raise UserError(f"{args.out} holds pairs made otherwise ({', '.join(changed)} differ); give the same settings, or another --out")
     todo = [k for k in range(-(-number // args.shard)) if not shard_path(args.out, k).exists()]

@@ -27,9 +27,10 @@ COMPARISON = ["mini-sd:25", "mini-sd:1", "mini-2rf:25", "mini-2rf:1", "mini-dire
 
 def slerp(a, b, n):
     """n points from a to b [C, h, w] along the sphere: each is again a draw of N(0, I), as a point of the chord is not."""
-    angle = torch.arccos((a * b).sum() / (a.norm() * b.norm()))
+    dtype, a, b = a.dtype, a.float(), b.float()
+    angle = torch.arccos(((a * b).sum() / (a.norm() * b.norm())).clamp(-1, 1)).clamp(min=1e-6)       # 0 where a is b
     w = torch.linspace(0, 1, n, device=a.device).reshape(-1, 1, 1, 1)
-    return (torch.sin((1 - w) * angle) * a + torch.sin(w * angle) * b) / torch.sin(angle)
+    return ((torch.sin((1 - w) * angle) * a + torch.sin(w * angle) * b) / torch.sin(angle)).to(dtype)
 
 
 class Clock(dict):
@@ -72,7 +73,7 @@ def write_png(image, path, **facts):
 
 def precision(name, device):
     """The dtype, and bf16 or float32 in float16's place on a CPU, where float16 convolutions are some 40 times slower."""
-    if name == "float16" and device == "cpu":
+    if name == "float16" and torch.device(device).type == "cpu":
         name = "bfloat16" if torch.cpu._is_avx512_bf16_supported() else "float32"
         print(f"note: float16 is very slow on a CPU; using {name}", file=sys.stderr)
     return getattr(torch, name)
@@ -90,7 +91,7 @@ def arguments():
     add("--negative", default="", help="the prompt that guidance leads away from")
     add("--model", default=str(HERE / "mini-instaflow"), help="a model folder")
     add("--prediction", choices=("velocity", "epsilon"), help="of a folder that does not say it itself")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--device", type=cli.device, default="cuda" if torch.cuda.is_available() else "cpu")
     add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     add("--height", type=cli.positive, help="in pixels (default: what the model was trained on)")
     add("--width", type=cli.positive, help="in pixels")
@@ -100,17 +101,13 @@ def arguments():
     add("--frames", type=cli.positive, default=8)
     add("--compare", nargs="?", const=",".join(COMPARISON), metavar="MODEL:STEPS,...", help="one row a model and number of steps, from the same noise (default: the shipped ones)")
     args = parser.parse_intermixed_args()
-    if args.compare and args.prompt == [] and ":" not in args.compare:
-        args.prompt, args.compare = [args.compare], ",".join(COMPARISON)     # `--compare "a prompt"`
+    if args.compare and ":" not in args.compare:           # `--compare "a prompt" ...`
+        args.prompt, args.compare = [args.compare, *args.prompt], ",".join(COMPARISON)
     args.prompt += cli.read_prompts(args.prompts) if args.prompts else []
     if not [p for p in args.prompt if p.strip()]:
         parser.error('no prompt; say what to draw, as in: sample.py "a red circle left of a blue square"')
     if args.out.suffix.lower() != ".png":
         parser.error(f"--out {args.out}: pictures are written as PNG; name a .png file")
-    try:
-        torch.empty(0, device=args.device)
-    except (RuntimeError, AssertionError) as error:
-        parser.error(f"--device {args.device} cannot be used ({str(error).splitlines()[0]})")
     args.dtype = precision(args.dtype, args.device)
     return args
 

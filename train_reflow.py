@@ -52,7 +52,7 @@ def main():
             preview = InstaFlow(ema, model.vae, model.text, info)
             grid([preview.generate(PROMPTS, steps) for steps in (1, 2, 25)], ["1 step", "2 steps", "25 steps"], PROMPTS).save(f"{folder}/samples-{step + 1:06d}.png")
     if world.rank == 0:
-        InstaFlow(ema, model.vae, model.text, {**info, "made": training.made(log, args.seed)}, model.base).save(args.out, dtype=torch.float16)
+        InstaFlow(ema, model.vae, model.text, {**info, "made": training.made(folder, args.seed)}, model.base).save(args.out, dtype=torch.float16)
     training.finish()
 
 

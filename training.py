@@ -89,10 +89,11 @@ def hardware():
     return f"{os.cpu_count()} cores of {names[0] if names else platform.processor() or platform.machine()}"
 
 
-def made(log, seed):
-    """Where a model comes from, for its JSON: command, seed, hardware, seconds (over all restarts), date."""
+def made(folder, seed):
+    """Where a model comes from, for its JSON: command, seed, hardware, seconds (over all restarts, by the log), date."""
+    lines = filter(None, map(_json, (Path(folder) / "log.jsonl").read_text().splitlines()))
     return {"command": " ".join(["python", *sys.argv]), "processes": int(os.environ.get("WORLD_SIZE", 1)), "seed": seed, "hardware": hardware(),
-            "seconds": round(sum(line.get("seconds", 0) for line in log.lines)), "date": time.strftime("%Y-%m-%d")}
+            "seconds": round(sum(line.get("seconds", 0) for line in lines)), "date": time.strftime("%Y-%m-%d")}
 
 
 # --- random draws, for the global batch, from (seed, step) ---
@@ -126,7 +127,7 @@ def add_flags(parser):
     add("--save-every", type=cli.positive, default=500, help="steps from checkpoint to checkpoint: what a kill loses at most")
     add("--sample-every", type=cli.positive, default=1000, help="steps from sample grid to sample grid")
     add("--float32", action="store_true", help="no bf16")
-    add("--device")
+    add("--device", type=cli.device, help="default: the GPU where there is one")
 
 
 def recipe(args):
@@ -224,11 +225,14 @@ def pack(model, ema, optimizer):
 def unpack(tensors, model, ema, optimizer):
     """The inverse of `pack`; strict: a key too many or too few is an error."""
     part = lambda prefix: {k[len(prefix):]: v for k, v in tensors.items() if k.startswith(prefix)}
+    moments, state = part("optimizer."), {}
+    for i, (name, _) in enumerate(model.named_parameters()):
+        state[i] = {k: moments.pop(f"{name}.{k}") for k in ("step", "exp_avg", "exp_avg_sq")}
+    unknown = [*moments, *(k for k in tensors if k.partition(".")[0] not in ("model", "ema", "optimizer"))]
+    if unknown:
+        raise KeyError(f"unknown tensor {unknown[0]} in a checkpoint ({len(unknown)} in all)")
     model.load_state_dict(part("model."))
     ema.load_state_dict(part("ema."))
-    state = {}
-    for i, (name, _) in enumerate(model.named_parameters()):
-        state[i] = {k: tensors[f"optimizer.{name}.{k}"] for k in ("step", "exp_avg", "exp_avg_sq")}
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
@@ -251,6 +255,8 @@ def steps(settings, world, folder, model, ema, optimizer, recipe, cosine=False):
     settings: .iterations, .lr, .warmup, .ema, .log_every, .save_every. Raises UserError where `folder` holds another run."""
     first = resume(folder, model, ema, optimizer, recipe)
     log, name = Log(folder, first, writes=world.rank == 0), "/".join(Path(folder).parts[-3:]).replace("/training", "")
+    for leftover in Path(folder).glob("*.tmp") if world.rank == 0 else ():
+        leftover.unlink()                                  # what a killed process was writing: gigabytes, at full size
     bar = tqdm(range(first, settings.iterations), initial=first, total=settings.iterations, desc=name,
                disable=world.rank > 0, mininterval=1, dynamic_ncols=True)
     for step in bar:

@@ -1,0 +1,423 @@
+import builtins
+import errno
+import json
+import re
+from argparse import Namespace
+from contextlib import nullcontext
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import training
+from cli import UserError
+from conftest import one_line
+
+ONE = training.World(0, 1, torch.device("cpu"))
+
+
+def net(seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(3, 8), nn.SiLU(), nn.Linear(8, 1))
+
+
+# --- EMA, learning rate, draws ---
+
+@pytest.mark.parametrize("first, decay", [(0, 0.9999), (0, 0.15), (100_000, 0.9999)])
+def test_ema_is_its_formula(first, decay):
+    ema, model = net(1), net(2)
+    wanted = [p.detach().double().clone() for p in ema.parameters()]
+    for step in range(first, first + 6):
+        with torch.no_grad():
+            for p in model.parameters():
+                p.add_(torch.randn_like(p))
+        before = [p.detach().clone() for p in model.parameters()]
+        training.update_ema(ema, model, step, decay)
+        d = min(decay, (1 + step) / (10 + step))
+        wanted = [d * w + (1 - d) * p.double() for w, p in zip(wanted, before)]
+        assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before))
+    for e, w in zip(ema.parameters(), wanted):
+        assert (e - w).abs().max() < 1e-6
+        assert not e.grad_fn
+
+
+def test_learning_rate_by_hand():
+    rate = lambda step, **kw: training.learning_rate(step, 0.5, 4, 10, **kw)
+    assert [rate(s) for s in (0, 1, 2, 3, 4, 9)] == [0.125, 0.25, 0.375, 0.5, 0.5, 0.5]
+    assert rate(0, cosine=True) == pytest.approx(0.125)
+    assert rate(5, cosine=True) == pytest.approx(0.25)                       # half way down
+    assert rate(8, cosine=True) == pytest.approx(0.5 * 0.5 * (1 + np.cos(0.8 * np.pi)))
+    assert 0 < rate(9, cosine=True) < 0.5 * 0.03
+    assert rate(10, cosine=True) == pytest.approx(0)
+    assert training.learning_rate(0, 0.5, 0, 10) == 0.5                      # no warm-up
+
+
+def test_optimiser_step_clips_and_takes_the_rate_it_is_given():
+    weight = nn.Linear(1, 1, bias=False)
+    optimizer = torch.optim.SGD(weight.parameters(), lr=123.0)
+    for gradient, moved in ((30.0, 0.25 * 2), (-1.0, -0.25 * 1)):            # clipped to 2, and left alone
+        before, weight.weight.grad = weight.weight.item(), torch.tensor([[gradient]])
+        assert training.optimiser_step(optimizer, weight, 0.25, clip=2.0) == pytest.approx(abs(gradient))
+        assert before - weight.weight.item() == pytest.approx(moved, abs=1e-5)
+        assert weight.weight.grad is None
+
+
+@pytest.mark.parametrize("batch, size", [(1, 5), (4, 10), (10, 10), (7, 3), (64, 10), (5, 1)])
+def test_every_item_comes_once_an_epoch(batch, size):
+    epochs = 6
+    count = -(-epochs * size // batch)
+    order = np.concatenate([training.batch_indices(3, step, batch, size) for step in range(count)])[:epochs * size].reshape(epochs, size)
+    assert np.array_equal(np.sort(order, 1), np.tile(np.arange(size), (epochs, 1)))
+    if size > 4:
+        assert len({tuple(epoch) for epoch in order}) == epochs              # each its own permutation
+
+
+def test_batches_have_no_state():
+    forth = [training.batch_indices(0, step, 4, 10) for step in range(8)]
+    np.random.seed(9)
+    torch.manual_seed(9)
+    back = [training.batch_indices(0, step, 4, 10) for step in reversed(range(8))][::-1]
+    assert np.array_equal(forth, back)
+    assert not np.array_equal(forth[0], training.batch_indices(1, 0, 4, 10))
+    a, b = (training.step_generator(0, 5).random(4) for _ in range(2))
+    assert np.array_equal(a, b)
+    assert not np.array_equal(a, training.step_generator(0, 6).random(4))
+    assert not np.array_equal(a, training.step_generator(1, 5).random(4))
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 6])
+def test_shares_tile_the_batch(size):
+    worlds = [training.World(rank, size, torch.device("cpu")) for rank in range(size)]
+    for batch in (np.arange(12), torch.arange(12), list(range(12))):
+        shares = [w.share(batch) for w in worlds]
+        assert {len(s) for s in shares} == {12 // size}
+        assert np.array_equal(np.concatenate([np.asarray(s) for s in shares]), np.arange(12))
+
+
+def test_a_batch_that_does_not_divide_is_refused():
+    with pytest.raises(UserError, match="--batch 10 does not divide among 4 processes"):
+        training.World(0, 4, torch.device("cpu")).share(np.arange(10))
+
+
+@pytest.mark.parametrize("device", ["nonsense", "", "meta", "cuda:99"])
+@pytest.mark.parametrize("script", ["pairs.py", "train_reflow.py", "distill.py"])
+def test_a_device_that_is_none_is_refused(command, script, device):
+    assert one_line(command(script, "--device", device), "argument --device: ", "cannot be used")
+
+
+@pytest.mark.parametrize("flag, value", [("--seed", "-1"), ("--seed", "1.5"), ("--seed", str(2 ** 63)), ("--seed", "\u00b2"), ("--batch", "0"), ("--batch", "+-1"),
+                                         ("--iterations", "ten"), ("--lr", "fast"), ("--iters", "3")])
+def test_a_flag_that_cannot_be_is_refused(command, flag, value):
+    words = ("--model", "m", "--pairs", "p", "--out", "o", flag, value)
+    assert one_line(command("train_reflow.py", *words), flag, value, "--help")
+
+
+# --- files ---
+
+def fail_rename(monkeypatch):
+    def replace(source, target):
+        raise OSError(errno.EIO, "Input/output error")
+    monkeypatch.setattr(training.os, "replace", replace)
+
+
+def fail_full_disk(monkeypatch):
+    class Full:
+        """A file of which half can be written."""
+        def __init__(self, *args):
+            self.file = builtins.open(*args)
+
+        def write(self, data):
+            self.file.write(data[:len(data) // 2])
+            self.file.flush()
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            self.file.close()
+    monkeypatch.setattr(training, "open", Full, raising=False)
+
+
+def fail_sync(monkeypatch):
+    def fsync(number):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(training.os, "fsync", fsync)
+
+
+@pytest.mark.parametrize("fail", [fail_rename, fail_full_disk, fail_sync])
+@pytest.mark.parametrize("old", [b"the old one, whole", None])
+def test_a_write_that_fails_leaves_the_old_file(monkeypatch, tmp_path, fail, old):
+    path = tmp_path / "sub" / "file.bin"
+    if old:
+        training.write(path, old)
+    with monkeypatch.context() as patch:
+        fail(patch)
+        with pytest.raises(OSError, match="file.bin") as caught:
+            training.write(path, b"new" * 1000)
+    assert caught.value.filename == str(path)
+    assert [p.name for p in path.parent.iterdir()] == (["file.bin"] if old else [])          # no temporary file left
+    assert not old or path.read_bytes() == old
+    training.write(path, b"new")
+    assert path.read_bytes() == b"new"
+
+
+def test_a_full_disk_is_one_line(monkeypatch, tmp_path, command, tiny):
+    (tmp_path / "prompts.txt").write_text("a\n")
+    fail_full_disk(monkeypatch)
+    result = command("pairs.py", "--model", tiny / "flow", "--prompts", tmp_path / "prompts.txt", "--out", tmp_path / "pairs", "--steps", 1, "--device", "cpu")
+    status, out, err = result
+    assert status == 2 and not out
+    lines = [line for line in re.split("[\r\n]", err) if line.strip() and not line.startswith("pairs: ")]      # but for the progress bar
+    assert len(lines) == 1 and lines[0].startswith("pairs.py: ") and "shard-00000.safetensors: No space left on device; free some space" in lines[0]
+    assert list((tmp_path / "pairs").iterdir()) == []
+
+
+def test_what_is_renamed_was_written_and_synced_before(monkeypatch, tmp_path):
+    """The order is what makes a file whole after a power cut."""
+    done, (fsync, replace) = [], (training.os.fsync, training.os.replace)
+    monkeypatch.setattr(training.os, "fsync", lambda number: (done.append(("sync", training.os.fstat(number).st_size)), fsync(number)))
+    monkeypatch.setattr(training.os, "replace", lambda a, b: (done.append(("rename", a.read_bytes())), replace(a, b)))
+    training.write(tmp_path / "file", b"12345")
+    assert done == [("sync", 5), ("rename", b"12345")]
+
+
+TENSORS = {"a": torch.arange(6, dtype=torch.float32).reshape(2, 3).T / 7,    # not contiguous
+           "b.c": torch.tensor(3), "h": torch.tensor([0.1, 70000.0, -0.0], dtype=torch.bfloat16), "e": torch.zeros(0, 4)}
+
+
+def test_checkpoint_round_trip(tmp_path):
+    metadata = {"recipe": {"lr": 1e-6, "name": "ü", "none": None, "yes": True, "n": 3}}
+    training.save_checkpoint(tmp_path, 1234, TENSORS, metadata)
+    assert [p.name for p in tmp_path.iterdir()] == ["step-00001234.safetensors"]
+    step, tensors, read = training.load_checkpoint(tmp_path)
+    assert (step, read) == (1234, metadata)
+    assert tensors.keys() == TENSORS.keys()
+    for k, v in TENSORS.items():
+        assert tensors[k].dtype == v.dtype and torch.equal(tensors[k], v)
+
+
+def test_no_checkpoint_is_step_0(tmp_path):
+    for name in ("step-00000007.safetensors.123.tmp", "step-12.safetensors", "step-00000001.png", "log.jsonl"):
+        (tmp_path / name).write_bytes(b"something else")
+    for folder in (tmp_path, tmp_path / "none"):
+        assert training.load_checkpoint(folder) == (0, None, {})
+
+
+@pytest.mark.parametrize("keep", [1, 2, 3])
+def test_the_newest_checkpoints_are_kept(tmp_path, keep):
+    for step in (5, 10, 15, 1000):
+        training.save_checkpoint(tmp_path, step, {"step": torch.tensor(step)}, keep=keep)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [f"step-{s:08d}.safetensors" for s in (5, 10, 15, 1000)[-keep:]]
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-5])
+
+
+@pytest.mark.parametrize("damage", [cut, lambda p: p.write_bytes(b""), lambda p: p.write_bytes(b"\0" * 4096), lambda p: (p.unlink(), p.mkdir())],
+                         ids=["cut", "empty", "zeros", "folder"])
+def test_a_damaged_checkpoint_is_passed_over(tmp_path, capsys, damage):
+    for step in (3, 6):
+        training.save_checkpoint(tmp_path, step, {"step": torch.tensor(step)})
+    damage(tmp_path / "step-00000006.safetensors")
+    step, tensors, _ = training.load_checkpoint(tmp_path)
+    assert step == 3 and tensors["step"] == 3
+    err = capsys.readouterr().err
+    assert err.startswith("warning: ") and "step-00000006.safetensors is damaged" in err and err.count("\n") == 1
+    cut(tmp_path / "step-00000003.safetensors")
+    assert training.load_checkpoint(tmp_path) == (0, None, {})
+
+
+# --- going on where a run was killed ---
+
+SETTINGS = Namespace(iterations=11, lr=0.05, warmup=3, ema=0.9, log_every=2, save_every=3)
+RECIPE = {"lr": 0.05, "seed": 0, "cosine": True}
+
+
+class Killed(Exception):
+    pass
+
+
+def train(folder, kill=None, recipe=RECIPE):
+    """A loop as train_reflow.py's, on points of R^3 -> (model, EMA, log lines). kill: the step at which it dies."""
+    model, ema = net(5), net(5).requires_grad_(False)
+    optimizer = training.adamw(model, SETTINGS.lr)
+    for step, log, lr in training.steps(SETTINGS, ONE, folder, model, ema, optimizer, recipe, cosine=True):
+        if step == kill:
+            raise Killed
+        rows = training.batch_indices(0, step, 4, 10)
+        x = torch.from_numpy(training.step_generator(0, step).standard_normal((4, 3)).astype(np.float32)) + torch.from_numpy(rows)[:, None] / 10
+        losses = (model(x)[:, 0] - x.sum(1)).square()
+        losses.mean().backward()
+        log.add(losses, torch.from_numpy(rows) / 10, gradient=training.optimiser_step(optimizer, model, lr))
+    return model, ema, training.Log(folder, SETTINGS.iterations, writes=False).lines
+
+
+def without_time(lines):
+    return [{k: v for k, v in line.items() if k not in ("seconds", "samples_per_second")} for line in lines]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    return train(tmp_path_factory.mktemp("whole"))
+
+
+def test_training_by_hand(whole, tmp_path):
+    """steps() is what it says: learning rate, EMA, log and checkpoints of a loop written out."""
+    model, ema = net(5), net(5)
+    optimizer, losses = torch.optim.AdamW(model.parameters(), lr=1.0, weight_decay=1e-2), []
+    for step in range(SETTINGS.iterations):
+        rows = training.batch_indices(0, step, 4, 10)
+        x = torch.from_numpy(training.step_generator(0, step).standard_normal((4, 3)).astype(np.float32)) + torch.from_numpy(rows)[:, None] / 10
+        loss = (model(x)[:, 0] - x.sum(1)).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.param_groups[0]["lr"] = 0.05 * min(1, (step + 1) / 3) * 0.5 * (1 + np.cos(np.pi * step / 11))
+        optimizer.step()
+        d = min(0.9, (1 + step) / (10 + step))
+        with torch.no_grad():
+            for e, p in zip(ema.parameters(), model.parameters()):
+                e.copy_(d * e + (1 - d) * p)
+        losses.append(loss.item())
+    for ours, hand in zip((*whole[0].parameters(), *whole[1].parameters()), (*model.parameters(), *ema.parameters())):
+        assert (ours - hand).abs().max() < 1e-5
+    assert [line["step"] for line in whole[2]] == [2, 4, 6, 8, 10, 11]
+    wanted = [np.mean(losses[i:i + 2]) for i in range(0, 11, 2)]
+    assert np.abs(np.array([line["loss"] for line in whole[2]]) - wanted).max() < 1e-5
+
+
+@pytest.mark.parametrize("kills", [(8,), (3,), (2,), (4, 4, 7, 10), (0, None)], ids=str)
+def test_a_killed_run_ends_as_an_undisturbed_one_bitwise(whole, tmp_path, kills):
+    for kill in kills:
+        (tmp_path / "step-00000003.safetensors.99.tmp").write_bytes(b"what a kill left")
+        with pytest.raises(Killed) if kill is not None else nullcontext():   # None: it ends, and nothing is done again
+            train(tmp_path, kill)
+    model, ema, lines = train(tmp_path)
+    assert not list(tmp_path.glob("*.tmp"))
+    for (k, ours), undisturbed in zip([*model.state_dict().items(), *ema.state_dict().items()], [*whole[0].state_dict().values(), *whole[1].state_dict().values()]):
+        assert torch.equal(ours, undisturbed), k
+    assert [line["step"] for line in lines] == [line["step"] for line in whole[2]]
+    assert [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()] == lines
+    if kills == (8,):                                                        # went on from 6, where a line of the log had ended
+        assert without_time(lines) == without_time(whole[2])
+    assert sorted(p.name for p in tmp_path.glob("step-*")) == ["step-00000009.safetensors", "step-00000011.safetensors"]
+
+
+def test_other_settings_are_refused_and_named(tmp_path):
+    with pytest.raises(Killed):
+        train(tmp_path, 4)
+    with pytest.raises(UserError, match=r"holds a run with other settings \(seed, cosine\); give the same ones, or another --out") as caught:
+        train(tmp_path, recipe={"lr": 0.05, "seed": 1, "cosine": False})
+    assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
+    with pytest.raises(UserError, match=r"\(batch\)"):                       # a setting that the checkpoint does not know
+        train(tmp_path, recipe=RECIPE | {"batch": 4})
+    assert training.load_checkpoint(tmp_path)[0] == 3
+    train(tmp_path)
+
+
+def trained(steps, start=None):
+    """Adam's steps on net(5), optionally gone on from packed tensors -> packed tensors."""
+    model, ema = net(5), net(5)
+    optimizer, done = training.adamw(model, 0.05), 0
+    if start:
+        done, tensors = start
+        with torch.no_grad():
+            for p in (*model.parameters(), *ema.parameters()):
+                p.fill_(9.0)
+        training.unpack(tensors, model, ema, optimizer)
+    for step in range(done, steps):
+        x = torch.from_numpy(training.step_generator(1, step).standard_normal((4, 3)).astype(np.float32))
+        model(x).square().mean().backward()
+        training.optimiser_step(optimizer, model, 0.05)
+        training.update_ema(ema, model, step)
+    return training.pack(model, ema, optimizer)
+
+
+def test_unpacked_adamw_goes_on_bitwise(tmp_path):
+    training.save_checkpoint(tmp_path, 4, trained(4))
+    step, tensors, _ = training.load_checkpoint(tmp_path)
+    ours, undisturbed = trained(9, (step, tensors)), trained(9)
+    assert ours.keys() == undisturbed.keys() and sum(k.startswith("optimizer.") for k in ours) == 3 * 4
+    for k in ours:
+        assert torch.equal(ours[k], undisturbed[k]), k
+    forgotten = trained(9, (step, tensors | {k: torch.zeros_like(v) for k, v in tensors.items() if k.endswith("exp_avg")}))
+    assert not torch.equal(forgotten["model.0.weight"], undisturbed["model.0.weight"])     # the moments matter here
+
+
+PACKED = ["model.0.weight", "ema.2.bias", "optimizer.0.weight.exp_avg", "optimizer.2.bias.step"]
+
+
+@pytest.mark.parametrize("key", PACKED)
+def test_a_key_too_few_is_an_error(key):
+    tensors = trained(1)
+    del tensors[key]
+    with pytest.raises((RuntimeError, KeyError), match=key.split(".", 1)[1].replace(".", r"\.")):
+        trained(1, (1, tensors))
+
+
+@pytest.mark.parametrize("key", ["model.4.weight", "ema.0.other", "optimizer.4.weight.exp_avg", "optimizer.0.weight.other", "else"])
+def test_a_key_too_many_is_an_error(key):
+    with pytest.raises((RuntimeError, KeyError), match=key.split(".", 1)[-1].replace(".", r"\.")):
+        trained(1, (1, trained(1) | {key: torch.zeros(1)}))
+
+
+def test_a_shape_that_differs_is_an_error():
+    with pytest.raises(RuntimeError, match="0.weight"):
+        trained(1, (1, trained(1) | {"model.0.weight": torch.zeros(8, 4)}))
+
+
+def test_recipe_is_what_decides_the_result(tmp_path):
+    args = Namespace(out="x", device="cpu", log_every=1, save_every=2, sample_every=3, lr=1e-3, seed=0, batch=4, model="m", pairs="p")
+    assert training.recipe(args) == {"lr": 1e-3, "seed": 0, "batch": 4, "model": "m", "pairs": "p"}
+
+
+# --- the log ---
+
+def write_log(folder, text):
+    (folder / "log.jsonl").write_text(text)
+
+
+@pytest.mark.parametrize("last", ['{"step": 40, "lo', '{"step"', "", "\0\0\0"], ids=repr)
+def test_the_log_drops_what_is_done_again_and_a_cut_line(tmp_path, last):
+    write_log(tmp_path, "".join(json.dumps({"step": s, "loss": s / 7}) + "\n" for s in (10, 20, 30)) + last)
+    log = training.Log(tmp_path, 20)
+    assert log.lines == [{"step": 10, "loss": 10 / 7}, {"step": 20, "loss": 20 / 7}]
+    assert [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()] == log.lines
+    log.add(torch.tensor([2.0]))
+    log.write(30, ONE)
+    assert [json.loads(line)["step"] for line in (tmp_path / "log.jsonl").read_text().splitlines()] == [10, 20, 30]
+
+
+def test_only_the_writer_writes(tmp_path):
+    log = training.Log(tmp_path / "log", writes=False)
+    log.add(torch.tensor([1.0, 3.0]))
+    assert log.write(1, ONE)["loss"] == 2
+    assert not (tmp_path / "log").exists()
+
+
+def test_loss_by_time_by_hand(tmp_path):
+    log = training.Log(tmp_path, bins=4)
+    log.add(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([0.0, 0.24, 0.25]), gradient=7.0)
+    log.add(torch.tensor([5.0, 8.0, 12.0]), torch.tensor([0.9, 1.0, 0.2499]), gradient=9.0)      # t = 1 is of the last bin
+    line = log.write(3, ONE)
+    assert line["step"] == 3 and line["gradient"] == 9.0
+    assert line["loss"] == pytest.approx(31 / 6)
+    assert line["loss_by_t"] == [5.0, 3.0, None, 6.5]
+    log.add(torch.tensor([4.0]), torch.tensor([0.5]))                        # counted anew
+    assert log.write(4, ONE)["loss_by_t"] == [None, None, 4.0, None]
+    log.add(torch.tensor([4.0, 8.0]))
+    line = log.write(5, ONE)
+    assert line["loss"] == 6.0 and "loss_by_t" not in line and "gradient" not in line
+    assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 3
+
+
+def test_the_log_is_plotted(tmp_path):
+    for t in (None, torch.tensor([0.3])):
+        log = training.Log(tmp_path / str(t))
+        log.add(torch.tensor([1.0]), t)
+        log.write(1, ONE)
+        log.plot("title")
+        assert (tmp_path / str(t) / "log.png").read_bytes().startswith(b"\x89PNG")
