@@ -25,7 +25,7 @@ def image_losses(student, target, model, distance, size):
     """D(image, image): latents [B, 4, h, w] decoded, resized to `size` (0: as they are) -> [B]. The target's decoder
     keeps no graph."""
     def image(latents):
-        pixels = model.vae.decode(latents / model.scale)
+        pixels = model.vae.decode(latents / model.scale).float()             # a CPU cannot resize bf16
         return F.interpolate(pixels, (size, size), mode="bilinear", antialias=True) if size else pixels
     with torch.no_grad():
         wanted = image(target)

@@ -75,8 +75,11 @@ class InstaFlow:
         base = path / info["base"] if "base" in info else path
         if not base.is_dir():
             raise UserError(f"{path}/instaflow.json says that VAE and text tower lie in {base}, which is no folder; put that model there")
-        model = cls(weights.load_unet(path / "unet"), weights.load_vae(base / "vae"), weights.load_text(base / "text_encoder"), info, base)
-        return model.to(device, dtype)
+        modules = weights.load_unet(path / "unet"), weights.load_vae(base / "vae"), weights.load_text(base / "text_encoder")
+        try:
+            return cls(*modules, info, base).to(device, dtype)
+        except UserError as error:
+            raise UserError(f"{path / 'instaflow.json'}: {error}") from None
 
     @classmethod
     def random(cls, config, seed=0):
@@ -191,7 +194,7 @@ def grid(rows, labels=None, columns=None, side=192):
     """Rows of PIL images as one picture, enlarged to `side` px where smaller: labels, one a row, at the left, and
     columns, one a column, on top (wrapped)."""
     side = max(side, rows[0][0].width)
-    font, left, top = ImageFont.load_default(15), 150 if labels else 0, 76 if columns else 0
+    font, left, top = ImageFont.load_default(15), 150 if labels else 0, 94 if columns else 0
     sheet = Image.new("RGB", (left + (side + 6) * max(map(len, rows)), top + (side + 6) * len(rows)), "white")
     write = ImageDraw.Draw(sheet)
     for i, row in enumerate(rows):
@@ -201,7 +204,7 @@ def grid(rows, labels=None, columns=None, side=192):
             write.multiline_text((8, top + i * (side + 6) + side // 2), textwrap.fill(labels[i], 17), "black", font, anchor="lm")
     for j, column in enumerate(columns or []):
         lines = textwrap.wrap(column, side // 8)
-        write.multiline_text((left + j * (side + 6) + side // 2, top - 6), "\n".join(lines[:3] + ["..."] * (len(lines) > 3)), "black", font, anchor="md", align="center")
+        write.multiline_text((left + j * (side + 6) + side // 2, top - 6), "\n".join(lines[:4]), "black", font, anchor="md", align="center")
     return sheet
 
 

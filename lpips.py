@@ -3,6 +3,7 @@
 The widths are read from the weights, so it takes torchvision's VGG16 and the miniature's judge alike.
 """
 import pickle
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -26,15 +27,14 @@ class LPIPS(nn.Module):
     def __init__(self, vgg, linear=None):
         super().__init__()
         tensors = _read(vgg)
-        self.features = nn.ModuleDict()
+        self.features, channels = nn.ModuleDict(), 3
         for i in (i for block in BLOCKS for i in block):
-            try:
-                weight, bias = tensors[f"features.{i}.weight"], tensors[f"features.{i}.bias"]
-            except KeyError as error:
-                raise UserError(f"{vgg} lacks {error.args[0]}: it is not VGG16's weights, nor the judge's") from None
-            conv = nn.Conv2d(weight.shape[1], weight.shape[0], 3, padding=1)
+            weight, bias = (tensors.get(f"features.{i}.{kind}") for kind in ("weight", "bias"))
+            if weight is None or bias is None or weight.shape[1:] != (channels, 3, 3) or bias.shape != weight.shape[:1]:
+                raise UserError(f"{vgg}: features.{i} is missing or no 3x3 convolution of {channels} channels: these are not VGG16's weights, nor the judge's")
+            conv = nn.Conv2d(channels, len(weight), 3, padding=1)
             conv.load_state_dict({"weight": weight.float(), "bias": bias.float()})
-            self.features[str(i)] = conv
+            self.features[str(i)], channels = conv, len(weight)
         widths = [self.features[str(block[-1])].out_channels for block in BLOCKS]
         given = _read(linear) if linear else {}
         for k, width in enumerate(widths):
@@ -65,13 +65,14 @@ class LPIPS(nn.Module):
 
 
 def _read(path):
+    if not Path(path).is_file():
+        raise UserError(f"{path}: no such file of weights")
     try:
         if str(path).endswith(".safetensors"):
             return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)       # never a pickle that can run code
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file of weights") from None
-    except IsADirectoryError:
-        raise UserError(f"{path} is a folder; name the file of weights in it") from None
-    except (SafetensorError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+        tensors = torch.load(path, map_location="cpu", weights_only=True)    # never a pickle that can run code
+    except (SafetensorError, RuntimeError, EOFError, ValueError, OSError, pickle.UnpicklingError) as error:
         raise UserError(f"{path} is no whole file of tensors ({' '.join(str(error).split())[:120]})") from None
+    if not isinstance(tensors, dict) or not all(map(torch.is_tensor, tensors.values())):
+        raise UserError(f"{path} holds no tensors by name; save the network's state_dict()")
+    return tensors

@@ -48,7 +48,7 @@ class Clock(dict):
 @torch.no_grad()
 def pictures(model, prompts, noise, args, steps=None, clock=None):
     """One picture a prompt, from noise [B, 4, h, w], `args.batch` at a time -> list of PIL images."""
-    clock, out = clock or Clock(), []
+    clock, out = Clock() if clock is None else clock, []                     # an empty one is False
     for i in range(0, len(prompts), args.batch):
         text = clock("text", model.text, [*prompts[i:i + args.batch], args.negative])
         latents = clock("U-Net", model.solve, noise[i:i + args.batch], text[:-1], text[-1:], steps, args.guidance)

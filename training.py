@@ -131,8 +131,9 @@ def add_flags(parser):
 
 
 def recipe(args):
-    """What of the flags decides the result: a checkpoint made with another recipe is another run's."""
-    return {k: v for k, v in vars(args).items() if k not in ("out", "device", "log_every", "save_every", "sample_every")}
+    """What of the settings decides the result: a checkpoint made with another recipe is another run's. (`iterations` may
+    change: a run can be made longer.)"""
+    return {k: v for k, v in vars(args).items() if k not in ("iterations", "out", "device", "log_every", "save_every", "sample_every")}
 
 
 # --- the optimiser's step ---
@@ -226,8 +227,10 @@ def unpack(tensors, model, ema, optimizer):
     """The inverse of `pack`; strict: a key too many or too few is an error."""
     part = lambda prefix: {k[len(prefix):]: v for k, v in tensors.items() if k.startswith(prefix)}
     moments, state = part("optimizer."), {}
-    for i, (name, _) in enumerate(model.named_parameters()):
+    for i, (name, p) in enumerate(model.named_parameters()):
         state[i] = {k: moments.pop(f"{name}.{k}") for k in ("step", "exp_avg", "exp_avg_sq")}
+        for k in ("exp_avg", "exp_avg_sq"):                # in the weights' own memory order: fused AdamW looks at no strides
+            state[i][k] = torch.empty_like(p, requires_grad=False).copy_(state[i][k])
     unknown = [*moments, *(k for k in tensors if k.partition(".")[0] not in ("model", "ema", "optimizer"))]
     if unknown:
         raise KeyError(f"unknown tensor {unknown[0]} in a checkpoint ({len(unknown)} in all)")

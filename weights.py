@@ -41,7 +41,7 @@ def read_tensors(path):
             return {key: file.get_tensor(key) for key in file.keys()}
     except FileNotFoundError:
         raise UserError(f"{path} is missing; download or train the model again") from None
-    except (SafetensorError, ValueError) as error:
+    except (SafetensorError, ValueError, OSError) as error:
         start = Path(path).read_bytes()[:100] if Path(path).is_file() else b""
         if start.startswith(b"version https://git-lfs"):
             raise UserError(f"{path} is a git-lfs pointer, not the weights; run `git lfs pull` where you cloned it") from None
@@ -63,32 +63,33 @@ def fill(module, tensors, path):
     return module.eval()
 
 
-def _config(kind, folder):
+def _build(module, config, folder):
+    """The module that `folder`/config.json asks for."""
     path = Path(folder) / "config.json"
     try:
-        return kind.from_dict(read_json(path))
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise error if isinstance(error, UserError) else UserError(f"{path}: {error}") from None
+        return module(config.from_dict(read_json(path)))
+    except UserError:
+        raise
+    except (ValueError, TypeError, KeyError, AttributeError, AssertionError, RuntimeError) as error:
+        raise UserError(f"{path}: {error}") from None
 
 
 def load_unet(folder):
     """`folder` = .../unet -> UNet or StackedUNet, float32, on the CPU."""
-    config = _config(UNetConfig, folder)
     path = Path(folder) / UNET_FILE
-    return fill((StackedUNet if config.stacked else UNet)(config), read_tensors(path), path)
+    return fill(_build(lambda config: (StackedUNet if config.stacked else UNet)(config), UNetConfig, folder), read_tensors(path), path)
 
 
 def load_vae(folder):
     """`folder` = .../vae -> VAE, float32, on the CPU."""
     path = Path(folder) / VAE_FILE
-    return fill(VAE(_config(VAEConfig, folder)), read_tensors(path), path)
+    return fill(_build(VAE, VAEConfig, folder), read_tensors(path), path)
 
 
 def load_text(folder):
     """`folder` = .../text_encoder -> TextTower, float32, on the CPU."""
     path = Path(folder) / TEXT_FILE
-    tower = TextTower(_config(TextConfig, folder))
-    return fill(tower, text_from_transformers(read_tensors(path)), path)
+    return fill(_build(TextTower, TextConfig, folder), text_from_transformers(read_tensors(path)), path)
 
 
 def save_module(module, folder, file, dtype=None):

@@ -1,0 +1,442 @@
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+import diffusion
+import flows
+import instaflow
+import weights
+from cli import UserError
+from conftest import relative_error
+from instaflow import InstaFlow
+
+pytestmark = pytest.mark.usefixtures("plain_convolutions")
+PROMPTS = ["a red circle", "a small yellow star above a large green heart", ""]
+
+
+@pytest.fixture(scope="module")
+def flow(tiny):
+    return InstaFlow.load(tiny / "flow")
+
+
+@pytest.fixture(scope="module")
+def teacher(tiny):
+    return InstaFlow.load(tiny / "teacher")
+
+
+def weights_of(model):
+    return {f"{part}.{k}": v for part in ("unet", "vae", "text") for k, v in getattr(model, part).state_dict().items()}
+
+
+def assert_same(a, b):
+    a, b = weights_of(a), weights_of(b)
+    assert a.keys() == b.keys() and all(torch.equal(v, b[k]) for k, v in a.items())
+
+
+# --- noise ---
+
+def test_noise_is_named_by_stream_seed_and_index(flow):
+    batch = flow.noise(7, 3, 4)
+    assert batch.shape == (4, 4, 8, 8) and batch.dtype == torch.float32
+    for i in range(4):
+        assert np.array_equal(batch[i], np.random.default_rng([0, 7, 3 + i]).standard_normal((4, 8, 8), dtype=np.float32))
+    assert np.array_equal(flow.noise(7, 3, 1, stream=1)[0], np.random.default_rng([1, 7, 3]).standard_normal((4, 8, 8), dtype=np.float32))
+    assert flow.noise(0, 0, 2, height=12, width=20).shape == (2, 4, 6, 10)
+
+
+@pytest.mark.parametrize("name, settings", [("flow", {}), ("flow", {"guidance": 1.0, "steps": 1}), ("teacher", {})])
+def test_a_picture_is_the_same_alone_and_in_a_batch(request, name, settings):
+    model = request.getfixturevalue(name)
+    together = model.latents(PROMPTS, seed=5, first=2, **settings)
+    for i, prompt in enumerate(PROMPTS):
+        alone = model.latents([prompt], seed=5, first=2 + i, **settings)
+        assert relative_error(alone[0], together[i]) <= 1e-5
+    assert relative_error(together[:1], together[1:2]) > 0.1                 # they are different pictures
+
+
+def test_latents_start_from_stream_0_at_first(flow):
+    seen = []
+    handle = flow.unet.register_forward_pre_hook(lambda module, args: seen.append(args))
+    try:
+        flow.latents(["a", "b"], steps=1, guidance=1.0, seed=9, first=4)
+    finally:
+        handle.remove()
+    (x, timestep, context), = seen                                           # guidance 1 costs one call of B
+    assert torch.equal(x, torch.stack([flows.noise(0, 9, i, (4, 8, 8)) for i in (4, 5)]))
+    assert timestep.tolist() == [1000.0, 1000.0]                             # exactly: t = 0, never rounded
+    assert torch.equal(context, flow.text(["a", "b"]))
+
+
+def test_timestep_of_every_euler_step(flow):
+    seen = []
+    handle = flow.unet.register_forward_pre_hook(lambda module, args: seen.append(args[1].unique().tolist()))
+    try:
+        flow.latents(["a"], steps=4)
+    finally:
+        handle.remove()
+    assert seen == [[1000.0], [750.0], [500.0], [250.0]]
+
+
+# --- the ODE ---
+
+@torch.no_grad()
+@pytest.mark.parametrize("alpha", [1.0, 1.5, 0.0, -2.0])
+def test_guidance_is_taken_on_velocity(flow, alpha):
+    """Equation 8, at one Euler step: Z1 = X0 + alpha v(X0, 0 | T) + (1 - alpha) v(X0, 0 | NULL)."""
+    x0, text, null = flow.noise(1, 0, 2), flow.text(PROMPTS[:2]), flow.text([""])
+    v, without = flow.unet(x0, torch.full((2,), 1000.0), text), flow.unet(x0, torch.full((2,), 1000.0), null.expand(2, -1, -1))
+    assert relative_error(v, without) > 1e-3                                 # the prompt matters, so a swap would show
+    assert relative_error(flow.latents(PROMPTS[:2], steps=1, guidance=alpha, seed=1), x0 + alpha * v + (1 - alpha) * without) <= 1e-5
+
+
+@torch.no_grad()
+def test_the_negative_prompt_stands_for_null(flow):
+    x0, text, null = flow.noise(1, 0, 1), flow.text(["a"]), flow.text(["ugly"])
+    v, without = flow.unet(x0, 1000.0, text), flow.unet(x0, 1000.0, null)
+    assert relative_error(flow.latents(["a"], steps=1, guidance=3.0, seed=1, negative="ugly"), x0 + 3 * v - 2 * without) <= 1e-5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("sampler", ["dpm", "ddim"])
+def test_a_noise_predictor_is_guided_on_noise(teacher, sampler):
+    """The solvers of diffusion.py (held against diffusers' own in test_diffusion.py), on a guided U-Net written out."""
+    text, null = teacher.text(PROMPTS), teacher.text([""])
+
+    def eps(x, timestep):
+        return 3.0 * teacher.unet(x, timestep, text) - 2.0 * teacher.unet(x, timestep, null.expand_as(text))
+    x0 = teacher.noise(4, 0, 3)
+    wanted = {"dpm": diffusion.dpm_solver, "ddim": diffusion.ddim}[sampler](eps, x0, 5, diffusion.Schedule.stable_diffusion())
+    got = teacher.solve(x0, text, null, 5, 3.0, sampler)
+    assert relative_error(got, wanted) <= 1e-4
+    if sampler == "dpm":                                                     # what instaflow.json of a noise predictor says
+        assert torch.equal(got, teacher.latents(PROMPTS, steps=5, guidance=3.0, seed=4))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("index", [0, 37, 500, 999])
+def test_velocity_of_a_noise_predictor_at_a_whole_index(teacher, index):
+    """There t = a / (a + b), x = (a + b) z, and v = (x - b eps) / a - eps, by hand."""
+    bar = np.cumprod(1 - np.linspace(0.00085 ** 0.5, 0.012 ** 0.5, 1000) ** 2)[index]
+    a, b = float(np.sqrt(bar)), float(np.sqrt(1 - bar))
+    z, text = teacher.noise(2, 0, 2), teacher.text(PROMPTS[:2])
+    x = (a + b) * z
+    eps = teacher.unet(x, float(index), text)
+    assert relative_error(teacher.velocity(z, torch.full((2,), a / (a + b), dtype=torch.float64), text).float(), (x - b * eps) / a - eps) <= 1e-4
+
+
+@pytest.mark.parametrize("name, sampler", [("flow", "euler"), ("flow", "heun"), ("teacher", "dpm"), ("teacher", "ddim"), ("teacher", "euler")])
+def test_steps_that_cannot_be_are_a_value_error(request, name, sampler):
+    model = request.getfixturevalue(name)
+    for steps in (0, -1) if sampler in ("euler", "heun") else (0, -1, 1000):
+        with pytest.raises(ValueError, match=f"steps is {steps}"):
+            model.solve(model.noise(0, 0, 1), model.text(["a"]), model.text([""]), steps, sampler=sampler)
+
+
+def test_more_steps_than_the_schedule_has_is_one_line(teacher):
+    with pytest.raises(UserError, match="steps is 1000; sampler dpm takes at most 999"):
+        teacher.latents(["a"], steps=1000)
+
+
+def test_a_noise_sampler_needs_a_noise_predictor(flow):
+    with pytest.raises(UserError, match="sampler dpm needs a noise predictor"):
+        flow.solve(flow.noise(0, 0, 1), flow.text(["a"]), flow.text([""]), 1, sampler="dpm")
+
+
+def test_none_means_what_the_folder_says(flow):
+    assert (flow.info["steps"], flow.info["guidance"]) == (3, 1.5)
+    assert torch.equal(flow.latents(["a"]), flow.latents(["a"], steps=3, guidance=1.5))
+    assert not torch.equal(flow.latents(["a"]), flow.latents(["a"], steps=2, guidance=1.5))
+    assert not torch.equal(flow.latents(["a"]), flow.latents(["a"], steps=3, guidance=1.0))
+
+
+# --- pictures ---
+
+@torch.no_grad()
+def test_pictures_are_the_decoded_latents(flow):
+    latents = flow.latents(PROMPTS, seed=3)
+    images = flow.generate(PROMPTS, seed=3)
+    wanted = flow.vae.decode(latents / 0.18215).clamp(-1, 1)
+    assert wanted.std() > 0.02
+    for image, pixels in zip(images, wanted, strict=True):
+        assert isinstance(image, Image.Image) and image.mode == "RGB" and image.size == (16, 16)
+        got = torch.from_numpy(np.array(image)).permute(2, 0, 1) / 127.5 - 1
+        assert (got - pixels).abs().max() <= 0.5001 / 127.5
+
+
+def test_height_and_width(flow):
+    assert flow.generate(["a"], steps=1, height=12, width=22)[0].size == (22, 12)
+    for size in ({"height": 13}, {"width": 1}, {"height": 0}):
+        with pytest.raises(UserError, match=f"{list(size)[0]} is {list(size.values())[0]}; it must be a multiple of 2"):
+            flow.latents(["a"], **size)
+
+
+def test_to_pil_by_hand():
+    image, = instaflow.to_pil(torch.tensor([-1.0, 0.0, 1.0, -3.0, 3.0, 1 / 127.5]).reshape(1, 1, 1, 6).expand(1, 3, 1, 6))
+    assert [p[0] for p in np.array(image)[0]] == [0, 128, 255, 0, 255, 128]  # 127.5 rounds to even, 128; 128.5 too
+
+
+def test_a_grid_shows_every_picture_in_its_place():
+    colours = [[(200, 0, 0), (0, 200, 0)], [(0, 0, 200), (90, 90, 90)]]
+    sheet = instaflow.grid([[Image.new("RGB", (16, 16), c) for c in row] for row in colours], ["first", "second"], ["a", "b"], side=32)
+    pixels = np.array(sheet)
+    found = {c: np.argwhere((pixels == c).all(2)).mean(0) for row in colours for c in row}
+    for row in colours:
+        assert found[row[0]][0] == found[row[1]][0] and found[row[1]][1] - found[row[0]][1] == 38
+    assert found[colours[1][0]][0] - found[colours[0][0]][0] == 38
+    assert (pixels[:, :100] < 128).any() and (pixels[:70] < 128).any()       # words at the left and on top
+
+
+def test_a_student_warns_of_more_steps_than_it_was_trained_for(flow, capsys):
+    student = InstaFlow(flow.unet, flow.vae, flow.text, {"prediction": "velocity", "steps": 1, "guidance": 1.0, "trained_steps": [1]})
+    student.latents(["a"])
+    student.latents(["a"], steps=1)
+    flow.latents(["a"], steps=9)                                             # not distilled
+    assert capsys.readouterr().err == ""
+    student.latents(["a"], steps=4)
+    err = capsys.readouterr().err
+    assert err.startswith("warning: ") and "distilled for 1 step;" in err and "with 4" in err and err.count("\n") == 1
+    InstaFlow(flow.unet, flow.vae, flow.text, {"prediction": "velocity", "trained_steps": [1, 2]}).check_steps(4)
+    assert "distilled for 2 steps;" in capsys.readouterr().err
+
+
+# --- on disk ---
+
+def test_save_and_load_are_exact(flow, tmp_path):
+    flow.save(tmp_path / "a" / "b", self_contained=True)
+    again = InstaFlow.load(tmp_path / "a" / "b")
+    assert_same(flow, again)
+    assert again.info == {k: v for k, v in flow.info.items() if k != "base"}
+    assert torch.equal(flow.latents(PROMPTS, seed=2), again.latents(PROMPTS, seed=2))
+    assert not any(p.requires_grad for m in (again.unet, again.vae, again.text) for p in m.parameters())
+    assert not any(m.training for part in (again.unet, again.vae, again.text) for m in part.modules())
+
+
+def test_info_survives(flow, tmp_path):
+    info = {"prediction": "velocity", "sampler": "heun", "steps": 2, "guidance": 1.25, "trained_steps": [1, 2], "made": {"command": "python ü", "seed": 2 ** 40}}
+    InstaFlow(flow.unet, flow.vae, flow.text, info).save(tmp_path)
+    assert json.loads((tmp_path / "instaflow.json").read_text()) == info
+    assert InstaFlow.load(tmp_path).info == info
+
+
+def test_half_precision_on_disk(flow, tmp_path):
+    flow.save(tmp_path, self_contained=True, dtype=torch.float16)
+    assert {v.dtype for v in load_file(tmp_path / "unet" / weights.UNET_FILE).values()} == {torch.float16}
+    again = weights_of(InstaFlow.load(tmp_path))
+    assert all(v.dtype == torch.float32 and torch.equal(v, weights_of(flow)[k].half().float()) for k, v in again.items())
+    assert next(InstaFlow.load(tmp_path, dtype=torch.bfloat16).vae.parameters()).dtype == torch.bfloat16
+
+
+def test_base_is_a_relative_path(tiny, flow, tmp_path):
+    shutil.copytree(tiny, tmp_path / "models")
+    assert json.loads((tmp_path / "models" / "flow" / "instaflow.json").read_text())["base"] == "../teacher"
+    assert not (tmp_path / "models" / "flow" / "vae").exists()
+    student = InstaFlow.load(tmp_path / "models" / "flow")
+    student.save(tmp_path / "models" / "deep" / "student")                   # the base of a base is the one that holds the weights
+    assert json.loads((tmp_path / "models" / "deep" / "student" / "instaflow.json").read_text())["base"] == "../../teacher"
+    (tmp_path / "models").rename(tmp_path / "moved")
+    assert_same(InstaFlow.load(tmp_path / "moved" / "deep" / "student"), flow)
+    shutil.rmtree(tmp_path / "moved" / "teacher")
+    with pytest.raises(UserError, match="lie in .*teacher, which is no folder") as error:
+        InstaFlow.load(tmp_path / "moved" / "flow")
+    assert "\n" not in str(error.value) and "flow/instaflow.json" in str(error.value)
+
+
+def test_saved_over_itself_a_model_keeps_its_parts(tiny, flow, tmp_path, monkeypatch):
+    shutil.copytree(tiny / "teacher", tmp_path / "m")
+    monkeypatch.chdir(tmp_path)
+    model = InstaFlow.load("m")
+    model.save("./m")
+    assert "base" not in json.loads((tmp_path / "m" / "instaflow.json").read_text())
+    assert_same(InstaFlow.load("m"), model)
+
+
+def test_self_contained_needs_no_base(tiny, flow, tmp_path):
+    shutil.copytree(tiny, tmp_path / "models")
+    InstaFlow.load(tmp_path / "models" / "flow").save(tmp_path / "alone", self_contained=True)
+    shutil.rmtree(tmp_path / "models")
+    assert "base" not in json.loads((tmp_path / "alone" / "instaflow.json").read_text())
+    assert_same(InstaFlow.load(tmp_path / "alone"), flow)
+
+
+@torch.no_grad()
+def test_diffusers_and_transformers_open_our_folder(tiny, teacher):
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from transformers import CLIPTextModel
+    from text import tokenize
+    folder, text, x, t = tiny / "teacher", teacher.text(PROMPTS), torch.randn(3, 4, 8, 8), torch.tensor([999.0, 500.25, 0.0])
+    unet, loading = UNet2DConditionModel.from_pretrained(folder / "unet", output_loading_info=True)
+    assert not loading["missing_keys"] and not loading["unexpected_keys"]
+    assert relative_error(teacher.unet(x, t, text), unet(x, t, text).sample) <= 2e-5
+    vae, loading = AutoencoderKL.from_pretrained(folder / "vae", output_loading_info=True)
+    assert not loading["missing_keys"] and not loading["unexpected_keys"]
+    assert vae.config.scaling_factor == 0.18215
+    assert relative_error(teacher.vae.decode(x), vae.decode(x).sample) <= 2e-5
+    images = torch.rand(2, 3, 16, 16) * 2 - 1
+    assert relative_error(teacher.vae.encode(images)[0], vae.encode(images).latent_dist.mean) <= 2e-5
+    tower = CLIPTextModel.from_pretrained(folder / "text_encoder")
+    assert relative_error(text, tower(tokenize(PROMPTS)).last_hidden_state) <= 2e-5
+
+
+def test_a_folder_that_diffusers_wrote(teacher, tiny, tmp_path):
+    """As Stable Diffusion's: no instaflow.json, all parts inside, other keys in its config.json."""
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from transformers import CLIPTextModel
+    UNet2DConditionModel.from_pretrained(tiny / "teacher" / "unet").save_pretrained(tmp_path / "unet")
+    AutoencoderKL.from_pretrained(tiny / "teacher" / "vae").save_pretrained(tmp_path / "vae")
+    CLIPTextModel.from_pretrained(tiny / "teacher" / "text_encoder").save_pretrained(tmp_path / "text_encoder")
+    (tmp_path / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
+    model = InstaFlow.load(tmp_path)
+    assert_same(model, teacher)
+    assert model.info == {"prediction": "epsilon", "sampler": "dpm", "steps": 25, "guidance": 7.5}
+
+
+@pytest.fixture
+def copy(tiny, tmp_path):
+    """A folder of one's own with the teacher in it."""
+    return shutil.copytree(tiny / "teacher", tmp_path / "model")
+
+
+@pytest.mark.parametrize("name, prediction", [("RectifiedFlowPipeline", "velocity"), ("StableDiffusionPipeline", "epsilon")])
+def test_model_index_decides_the_prediction(copy, name, prediction):
+    (copy / "instaflow.json").unlink()
+    (copy / "model_index.json").write_text(json.dumps({"_class_name": name, "scheduler": ["diffusers", "PNDMScheduler"]}))
+    model = InstaFlow.load(copy)
+    assert model.info == {"prediction": prediction, **instaflow.DEFAULTS[prediction]}
+
+
+@pytest.mark.parametrize("index", [None, '{"_class_name": "StableDiffusionXLPipeline"}', "{}"])
+def test_a_prediction_is_never_guessed(copy, index):
+    (copy / "instaflow.json").unlink()
+    if index:
+        (copy / "model_index.json").write_text(index)
+    with pytest.raises(UserError, match="does not say what its U-Net predicts") as error:
+        InstaFlow.load(copy)
+    assert str(copy) in str(error.value) and "\n" not in str(error.value)
+    assert InstaFlow.load(copy, prediction="velocity").info["sampler"] == "euler"
+    assert InstaFlow.load(copy, prediction="epsilon").info["sampler"] == "dpm"
+
+
+UNET, VAE, TEXT = f"unet/{weights.UNET_FILE}", f"vae/{weights.VAE_FILE}", f"text_encoder/{weights.TEXT_FILE}"
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69d22eadbb8f32b1258daaa5e2ca24d17e2393\nsize 12345\n"
+DAMAGE = {
+    "is missing": lambda p: p.unlink(),
+    "cut": lambda p: p.write_bytes(p.read_bytes()[:-10]),
+    "cut early": lambda p: p.write_bytes(p.read_bytes()[:20]),
+    "empty": lambda p: p.write_bytes(b""),
+    "zeros": lambda p: p.write_bytes(bytes(5000)),
+    "git lfs pull": lambda p: p.write_bytes(POINTER),
+    "folder": lambda p: (p.unlink(), p.mkdir()),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize("file", [UNET, VAE, TEXT])
+def test_a_damaged_file_is_one_line_that_names_it(copy, file, damage):
+    DAMAGE[damage](copy / file)
+    with pytest.raises(UserError) as error:
+        InstaFlow.load(copy)
+    line = str(error.value)
+    assert str(copy / file) in line and "\n" not in line
+    assert {"is missing": "is missing", "git lfs pull": "git lfs pull"}.get(damage, "fetch it again") in line
+
+
+def change(path, edit):
+    tensors = load_file(path)
+    edit(tensors)
+    save_file(tensors, path)
+
+
+WRONG = {
+    "shape": (UNET, lambda t: t.update({"conv_in.weight": torch.zeros(8, 5, 3, 3)}), r"conv_in\.weight is \[8, 5, 3, 3\], but config\.json asks for \[8, 4, 3, 3\]"),
+    "too few": (UNET, lambda t: t.pop("conv_out.bias"), r"lacks tensor conv_out\.bias \(1 in all\)"),
+    "too many": (VAE, lambda t: t.update({"encoder.more": torch.zeros(1)}), r"has an unknown tensor encoder\.more"),
+    "whole numbers": (VAE, lambda t: t.update({"decoder.conv_out.bias": torch.zeros(3, dtype=torch.int64)}), r"decoder\.conv_out\.bias is torch\.int64"),
+    "no key": (TEXT, lambda t: t.pop("text_model.encoder.layers.0.self_attn.k_proj.weight"), "lacks tensor"),
+    "other text": (TEXT, lambda t: t.update({"text_model.final_layer_norm.bias": torch.zeros(7)}), r"is \[7\], but config\.json asks for \[8\]"),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_weights_that_do_not_fit_are_one_line(copy, wrong):
+    file, edit, words = WRONG[wrong]
+    change(copy / file, edit)
+    with pytest.raises(UserError, match=words) as error:
+        InstaFlow.load(copy)
+    assert str(copy / file) in str(error.value) and "\n" not in str(error.value)
+
+
+def edit_json(path, **values):
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+BAD_JSON = {
+    "cut": lambda p: p.write_text(p.read_text()[:-9]),
+    "list": lambda p: p.write_text("[1]"),
+    "binary": lambda p: p.write_bytes(b"\xff\xfe\x00"),
+    "gone": lambda p: p.unlink(),
+}
+
+
+@pytest.mark.parametrize("damage", BAD_JSON)
+@pytest.mark.parametrize("file", ["unet/config.json", "vae/config.json", "text_encoder/config.json", "instaflow.json"])
+def test_a_damaged_json_is_one_line_that_names_it(copy, file, damage):
+    BAD_JSON[damage](copy / file)
+    with pytest.raises(UserError) as error:
+        InstaFlow.load(copy)
+    assert "\n" not in str(error.value)
+    if (file, damage) != ("instaflow.json", "gone"):                         # then the folder as a whole does not say what it is
+        assert str(copy / file) in str(error.value)
+
+
+@pytest.mark.parametrize("file, values, words", [
+    ("unet/config.json", {"attention_head_dim": [5, 10]}, "must be one number"),
+    ("unet/config.json", {"use_linear_projection": True}, "Stable Diffusion 2"),
+    ("unet/config.json", {"block_out_channels": [8, 16, 16]}, "differ in length"),
+    ("unet/config.json", {"norm_num_groups": 3}, "unet/config.json"),
+    ("unet/config.json", {"block_out_channels": "wide"}, "unet/config.json"),
+    ("unet/config.json", {"cross_attention_dim": 16}, "attn2"),
+    ("vae/config.json", {"norm_num_groups": 3}, "vae/config.json"),
+    ("vae/config.json", {"layers_per_block": None}, "vae/config.json"),
+    ("text_encoder/config.json", {"hidden_act": "gelu"}, "hidden_act"),
+    ("text_encoder/config.json", {"num_attention_heads": 3}, "text_encoder/config.json"),
+    ("text_encoder/config.json", {"hidden_size": 16}, "but config.json asks for"),
+    ("instaflow.json", {"prediction": "noise"}, "it must be \"velocity\" or \"epsilon\""),
+    ("instaflow.json", {"sampler": "magic"}, "it must be one of euler"),
+    ("instaflow.json", {"base": "../elsewhere"}, "which is no folder"),
+])
+def test_a_json_that_asks_for_something_else_is_one_line(copy, file, values, words):
+    edit_json(copy / file, **values)
+    with pytest.raises(UserError) as error:
+        InstaFlow.load(copy)
+    assert words in str(error.value) and str(copy) in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("what", ["nothing", "file"])
+def test_no_folder_is_one_line(tmp_path, what):
+    if what == "file":
+        (tmp_path / what).write_text("")
+    with pytest.raises(UserError, match="no such model folder") as error:
+        InstaFlow.load(tmp_path / what)
+    assert str(tmp_path / what) in str(error.value) and "\n" not in str(error.value)
+
+
+# --- random weights ---
+
+def test_random_weights_are_the_seeds_alone():
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    a = InstaFlow.random("mini", seed=3)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.rand(3)
+    assert_same(a, InstaFlow.random("mini", seed=3))
+    b = weights_of(InstaFlow.random("mini", seed=4))
+    assert not torch.equal(weights_of(a)["unet.conv_in.weight"], b["unet.conv_in.weight"])
+    assert a.latent_shape() == (4, 16, 16)
+    assert a.generate(["a"], steps=1, guidance=1.0)[0].size == (64, 64)
+    with pytest.raises(UserError, match="no configuration 'huge'; there are sd15, stacked, mini"):
+        InstaFlow.random("huge")

@@ -1,0 +1,62 @@
+"""What ships: the miniature's weights, their sizes, where they come from, and what one step of them draws."""
+import json
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import experiments
+from instaflow import InstaFlow
+from judge import Judge, exact_match
+from mini import images
+
+MODELS = Path(__file__).resolve().parent.parent / "models"
+NAMES = ("mini-sd", "mini-2rf", "mini-direct", "mini-instaflow")
+MIB = 1024 ** 2
+
+
+def shipped():
+    return [p for p in MODELS.rglob("*") if p.is_file() and "training" not in p.parts]
+
+
+def test_sizes():
+    assert max(p.stat().st_size for p in shipped()) <= 16 * MIB
+    assert sum(p.stat().st_size for p in shipped() if "mini" in str(p)) <= 48 * MIB
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_each_says_how_it_was_made(name):
+    made = json.loads((MODELS / name / "instaflow.json").read_text())["made"]
+    assert {"command", "seed", "hardware", "seconds", "date"} <= made.keys()
+    assert made["seconds"] > 60 and "--short" not in made["command"]
+
+
+def test_held_out_pairs_stay_readable_after_the_vae():
+    """At least 97 % of reconstructions of fresh scenes still show their caption."""
+    judge, model = Judge.load(MODELS / "mini-judge"), InstaFlow.load(MODELS / "mini-sd")
+    real, captions = images(77, 0, 500)
+    assert exact_match(judge, experiments.reconstruct(model, real), captions)["exact"] >= 0.97
+
+
+def test_one_step_of_instaflow_beats_one_step_of_its_teacher():
+    """The point of it all: on 120 captions that nobody trained on, from noise that nobody trained on."""
+    judge, captions = Judge.load(MODELS / "mini-judge"), images(78, 0, 120)[1]
+    score = {}
+    for name in ("mini-sd", "mini-instaflow"):
+        model = InstaFlow.load(MODELS / name)
+        score[name] = exact_match(judge, model.decode(model.latents(captions, steps=1, seed=5)), captions)["exact"]
+    assert score["mini-sd"] < 0.1
+    assert score["mini-instaflow"] > score["mini-sd"] + 0.3
+
+
+def test_a_picture_takes_tens_of_milliseconds():
+    """U-Net and decoder together: at most 60 ms on two CPU cores (the best of ten, since machines are busy)."""
+    model = InstaFlow.load(MODELS / "mini-instaflow")
+    with torch.no_grad():
+        text, x0, times = model.text(["a red circle", ""]), model.noise(0, 0, 1), []
+        for _ in range(10):
+            started = time.perf_counter()
+            model.decode(model.solve(x0, text[:1], text[1:]))
+            times.append(time.perf_counter() - started)
+    assert min(times) < 0.06

@@ -1,0 +1,252 @@
+import os
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+import pairs
+from cli import UserError
+from conftest import one_line
+from instaflow import InstaFlow
+
+pytestmark = pytest.mark.usefixtures("plain_convolutions")
+ROOT = Path(__file__).resolve().parent.parent
+PROMPTS = ["a red circle", "ein grüner Ring 🟢", "日本の桜", "a \"quoted\" & <tagged> one", "x" * 300, "a small yellow star", "b"]
+NUMBER, SHARD = 42, 8                                      # six shards, the last of 2
+
+
+def line(tiny, folder, *words):
+    """The flags of one pairs.py command line; later ones win."""
+    return [str(w) for w in ("--model", tiny / "teacher", "--prompts", folder / "prompts.txt", "--out", folder / "pairs", "--steps", 3, "--guidance", 2, "--seed", 11,
+                             "--number", NUMBER, "--shard", SHARD, "--batch", 5, "--device", "cpu", "--float32", *words)]
+
+
+def write_prompts(folder):
+    (folder / "prompts.txt").write_text("\n".join(PROMPTS) + "\n\n", encoding="utf-8")
+
+
+def shard(number, folder):
+    return folder / "pairs" / f"shard-{number:05d}.safetensors"
+
+
+def metadata(path):
+    with safe_open(path, "pt") as file:
+        return file.metadata()["json"]
+
+
+@pytest.fixture(scope="module")
+def made(tiny, tmp_path_factory):
+    """A folder whose pairs/ one process made. Nobody writes into it."""
+    folder = tmp_path_factory.mktemp("made")
+    write_prompts(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.backends.mkldnn, "enabled", False)              # as plain_convolutions: the same arithmetic as in the tests
+        patch.setattr(sys, "argv", ["pairs.py", *line(tiny, folder)])
+        pairs.main()
+    return folder
+
+
+@pytest.fixture
+def copy(made, tmp_path):
+    """The same, of one's own."""
+    (tmp_path / "prompts.txt").write_bytes((made / "prompts.txt").read_bytes())
+    (tmp_path / "pairs").mkdir()
+    for path in (made / "pairs").iterdir():
+        (tmp_path / "pairs" / path.name).write_bytes(path.read_bytes())
+    return tmp_path
+
+
+@pytest.fixture
+def again(command, tiny, copy):
+    """The same pairs.py line on the copy, with more flags."""
+    return lambda *words: command("pairs.py", *line(tiny, copy, *words))
+
+
+# --- what a pair is ---
+
+def test_an_item(made):
+    data = pairs.PairDataset(made / "pairs")
+    assert len(data) == NUMBER
+    for i in (0, 7, 8, 41):
+        item = data[i]
+        assert item.keys() == {"noise", "latent", "prompt"} and type(item["prompt"]) is str
+        for key in ("noise", "latent"):
+            assert item[key].shape == (4, 8, 8) and item[key].dtype == torch.float32 and item[key].device.type == "cpu"
+    for i in (-1, NUMBER):
+        with pytest.raises(IndexError):
+            data[i]
+
+
+def test_noise_is_stream_1_by_index_and_prompts_go_round(made):
+    data = pairs.PairDataset(made / "pairs")
+    for i in range(NUMBER):
+        assert np.array_equal(data[i]["noise"], np.random.default_rng([1, 11, i]).standard_normal((4, 8, 8), dtype=np.float32))
+        assert data[i]["prompt"] == PROMPTS[i % 7]
+
+
+def test_latents_are_the_models_ode_from_that_noise(made, tiny):
+    model, data = InstaFlow.load(tiny / "teacher"), pairs.PairDataset(made / "pairs")
+    for i in (0, 12, 41):                                  # alone: neither the shard nor the batch matters
+        wanted = model.solve(data[i]["noise"][None], model.text([data[i]["prompt"]]), model.text([""]), 3, 2.0)[0]
+        assert (data[i]["latent"] - wanted).abs().max() <= wanted.abs().max() * 2 ** -10                 # one step of float16
+    assert not torch.allclose(data[0]["latent"], data[7]["latent"])          # same prompt, other noise
+
+
+def test_a_batch_is_its_items(made):
+    data = pairs.PairDataset(made / "pairs")
+    noise, latent, prompts = data.batch(np.array([41, 0, 8]))
+    assert noise.shape == latent.shape == (3, 4, 8, 8)
+    for row, i in enumerate((41, 0, 8)):
+        assert torch.equal(noise[row], data[i]["noise"]) and torch.equal(latent[row], data[i]["latent"]) and prompts[row] == data[i]["prompt"]
+
+
+def test_a_shard_holds_a_name_and_a_checksum_in_place_of_noise(made):
+    tensors = load_file(shard(5, made))
+    assert {k: (v.dtype, tuple(v.shape)) for k, v in tensors.items() if not k.startswith("prompt")} == {
+        "latent": (torch.float16, (2, 4, 8, 8)), "seed": (torch.int64, (2,)), "index": (torch.int64, (2,)), "checksum": (torch.int64, (2,))}
+    assert tensors["seed"].tolist() == [11, 11] and tensors["index"].tolist() == [40, 41]
+    assert tensors["checksum"].tolist() == [zlib.crc32(np.random.default_rng([1, 11, i]).standard_normal((4, 8, 8), dtype=np.float32).tobytes()) for i in (40, 41)]
+    info = pairs.PairDataset(made / "pairs").info
+    assert (info["number"], info["shard"], info["steps"], info["guidance"], info["sampler"], info["seed"]) == (NUMBER, SHARD, 3, 2.0, "dpm", 11)
+
+
+def test_one_pair_a_prompt_and_the_models_own_settings_by_default(command, tiny, tmp_path):
+    write_prompts(tmp_path)
+    status, out, err = command("pairs.py", "--model", tiny / "flow", "--prompts", tmp_path / "prompts.txt", "--out", tmp_path / "pairs", "--device", "cpu", "--float32")
+    assert status == 0
+    data, model = pairs.PairDataset(tmp_path / "pairs"), InstaFlow.load(tiny / "flow")
+    assert len(data) == 7 and [data[i]["prompt"] for i in range(7)] == PROMPTS
+    assert (data.info["steps"], data.info["guidance"], data.info["sampler"]) == (3, 1.5, "euler")
+    x0, text, null = data[2]["noise"][None], model.text([PROMPTS[2]]), model.text([""])
+    x = x0
+    for step in range(3):                                  # equations 1 and 8, by hand
+        t = 1000 * (1 - torch.tensor([step / 3]))
+        with torch.no_grad():
+            x = x + (1.5 * model.unet(x, t, text) - 0.5 * model.unet(x, t, null)) / 3
+    assert (data[2]["latent"] - x[0]).abs().max() <= x.abs().max() * 2 ** -10
+
+
+def test_pairs_of_another_size_are_refused(made):
+    data = pairs.PairDataset(made / "pairs")
+    with pytest.raises(UserError, match=r"holds latents of shape \[4, 8, 8\], but the model's are \[4, 16, 16\]"):
+        data.check(InstaFlow.random("mini"))
+
+
+# --- any number of processes ---
+
+def test_three_processes_make_what_one_makes(made, tiny, tmp_path):
+    write_prompts(tmp_path)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3", str(ROOT / "pairs.py")]
+    done = subprocess.run(torchrun + line(tiny, tmp_path), env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert sorted(p.name for p in (tmp_path / "pairs").iterdir()) == sorted(p.name for p in (made / "pairs").iterdir())          # nothing else left, too
+    indices = [i for k in range(6) for i in load_file(shard(k, tmp_path))["index"].tolist()]
+    assert indices == list(range(NUMBER))                  # none lost, none twice, each where it belongs
+    ours, one = pairs.PairDataset(tmp_path / "pairs"), pairs.PairDataset(made / "pairs")
+    assert len(ours) == NUMBER
+    for i in range(NUMBER):
+        assert torch.equal(ours[i]["noise"], one[i]["noise"]) and ours[i]["prompt"] == one[i]["prompt"]
+        assert (ours[i]["latent"] - one[i]["latent"]).abs().max() <= one[i]["latent"].abs().max() * 2 ** -10
+    strip = lambda text: {k: v for k, v in text.items() if k != "prompts"}
+    assert strip(ours.info) == strip(one.info)
+
+
+# --- what is missing is made again; what is wrong is named ---
+
+@pytest.mark.parametrize("gone", [[0], [3], [5], [0, 1, 4]])
+def test_a_deleted_shard_is_named_and_made_again(made, copy, again, command, gone):
+    for number in gone:
+        shard(number, copy).unlink()
+    with pytest.raises(UserError, match="is missing") as error:
+        pairs.PairDataset(copy / "pairs")
+    assert f"{shard(gone[0], copy)} is missing ({len(gone)} shards in all)" in str(error.value) and "\n" not in str(error.value)
+    kept = {p.name: p.stat().st_mtime_ns for p in (copy / "pairs").iterdir()}
+    assert again()[0] == 0
+    for number in range(6):
+        ours, first = load_file(shard(number, copy)), load_file(shard(number, made))
+        assert ours.keys() == first.keys() and all(torch.equal(v, first[k]) for k, v in ours.items())
+        assert metadata(shard(number, copy)) == metadata(shard(number, made))
+    assert all((copy / "pairs" / name).stat().st_mtime_ns == time for name, time in kept.items())        # what was there was left alone
+
+
+def test_training_on_pairs_with_a_hole_is_one_line(copy, command, tiny):
+    shard(2, copy).unlink()
+    for script in ("train_reflow.py", "distill.py"):
+        assert one_line(command(script, "--model", tiny / "flow", "--pairs", copy / "pairs", "--out", copy / "out", "--device", "cpu"), script, shard(2, copy), "is missing")
+    assert not (copy / "out").exists()
+    for path in (copy / "nothing", copy):
+        assert one_line(command("distill.py", "--model", tiny / "flow", "--pairs", path, "--out", copy / "out", "--device", "cpu"), path, "holds no pairs")
+
+
+@pytest.mark.parametrize("number", [0, 3])
+@pytest.mark.parametrize("size", [0, 5, -7])
+def test_a_truncated_shard_is_named(copy, again, number, size):
+    shard(number, copy).write_bytes(shard(number, copy).read_bytes()[:size])
+    with pytest.raises(UserError, match="is no whole shard") as error:
+        data = pairs.PairDataset(copy / "pairs")
+        data[number * SHARD]
+    assert str(shard(number, copy)) in str(error.value) and "delete it and run the same pairs.py line" in str(error.value) and "\n" not in str(error.value)
+    if number == 0:
+        assert one_line(again(), shard(0, copy), "is no whole shard")
+
+
+def edit(path, change):
+    tensors, info = load_file(path), metadata(path)
+    change(tensors)
+    save_file(tensors, path, {"format": "pt", "json": info})
+
+
+@pytest.mark.parametrize("field", ["checksum", "index", "seed"])
+def test_a_wrong_checksum_is_named(copy, field):
+    edit(shard(2, copy), lambda tensors: tensors[field].__setitem__(3, tensors[field][3] + 1))
+    data = pairs.PairDataset(copy / "pairs")
+    for i in range(NUMBER):
+        if i != 2 * SHARD + 3:
+            data[i]
+    with pytest.raises(UserError, match="pair 19 was made from another noise than numpy") as error:
+        data[2 * SHARD + 3]
+    assert str(shard(2, copy)) in str(error.value) and "\n" not in str(error.value)
+
+
+OTHER = [("--steps", 4, "steps"), ("--guidance", 3, "guidance"), ("--seed", 12, "seed"), ("--number", 43, "number"), ("--shard", 7, "shard")]
+
+
+@pytest.mark.parametrize("flag, value, named", OTHER)
+@pytest.mark.parametrize("gone", [None, 0])
+def test_other_settings_into_the_same_folder_are_refused(copy, again, flag, value, named, gone):
+    if gone is not None:
+        shard(gone, copy).unlink()
+    before = {p.name: p.read_bytes() for p in (copy / "pairs").iterdir()}
+    assert one_line(again(flag, value), copy / "pairs", f"made otherwise ({named} differ)")
+    assert {p.name: p.read_bytes() for p in (copy / "pairs").iterdir()} == before
+
+
+def test_other_prompts_and_another_model_are_refused(copy, again, tiny):
+    assert one_line(again("--model", tiny / "flow"), "model, sampler differ")
+    (copy / "prompts.txt").write_text("\n".join(PROMPTS[::-1]))
+    assert one_line(again(), "prompts differ")
+
+
+def test_how_many_at_a_time_is_no_setting(copy, again, made):
+    shard(1, copy).unlink()
+    assert again("--batch", 3)[0] == 0
+    ours, one = pairs.PairDataset(copy / "pairs"), pairs.PairDataset(made / "pairs")
+    assert all((ours[i]["latent"] - one[i]["latent"]).abs().max() <= one[i]["latent"].abs().max() * 2 ** -10 for i in range(8, 16))
+
+
+def test_mistakes_in_the_command_line(again, copy, tiny):
+    assert one_line(again("--steps", 0), "--steps")
+    assert one_line(again("--number", 0), "--number")
+    assert one_line(again("--frobnicate"), "--frobnicate")
+    assert one_line(again("--prompts", copy / "none.txt"), copy / "none.txt")
+    assert one_line(again("--model", copy / "none"), copy / "none", "no such model folder")
+    (copy / "file").write_text("")
+    for words, named in ((["--out", copy / "file" / "pairs"], f"pairs.py: {copy / 'file'}"), (["--steps", 1000, "--out", copy / "other"], "pairs.py: steps is 1000")):
+        status, out, err = again(*words)                   # what shows only when the work begins: below the progress bar
+        assert status == 2 and f"\r{named}" in err and "Traceback" not in err

@@ -1,0 +1,308 @@
+import json
+import multiprocessing
+import os
+import random
+import runpy
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import flows
+from conftest import one_line, relative_error
+from instaflow import InstaFlow, timestep
+from lpips import BLOCKS, LPIPS
+from pairs import PairDataset
+
+ROOT = Path(__file__).resolve().parent.parent
+PROMPTS = ["a red circle", "a small yellow star", "ein grüner Ring", "a blue square", "日本の桜"]
+TRAINING = ["--batch", "4", "--warmup", "2", "--ema", "0.8", "--log-every", "1", "--device", "cpu"]
+STAGES = {                                                 # the README's lines, with an old noise predictor in Stable Diffusion's place, and short
+    "pairs": ("pairs.py", "--model models/teacher --prompts prompts.txt --steps 3 --guidance 2 --number 22 --shard 4 --batch 3 --device cpu --out pairs/sd".split()),
+    "reflow": ("train_reflow.py", ["--model", "models/teacher", "--pairs", "pairs/sd", "--out", "models/2rf", "--iterations", "12", "--lr", "3e-3", "--save-every", "3", "--sample-every", "12", *TRAINING]),
+    "pairs 2": ("pairs.py", "--model models/2rf --prompts prompts.txt --steps 3 --guidance 1.5 --number 22 --shard 4 --device cpu --out pairs/2rf".split()),
+    "distill": ("distill.py", ["--model", "models/2rf", "--pairs", "pairs/2rf", "--out", "models/l2", "--iterations", "40", "--lr", "3e-3", "--save-every", "7", "--sample-every", "40", *TRAINING]),
+    "lpips": ("distill.py", ["--model", "models/l2", "--pairs", "pairs/2rf", "--out", "models/instaflow", "--loss", "lpips", "--vgg", "vgg.safetensors", "--lpips-size", "24",
+                             "--iterations", "12", "--lr", "1e-3", "--save-every", "5", *TRAINING]),
+}
+OUT = {stage: words[words.index("--out") + 1] for stage, (_, words) in STAGES.items()}
+
+
+def vgg():
+    """A trunk in VGG16's layout, random and narrow."""
+    torch.manual_seed(3)
+    tensors, channels = {}, 3
+    for block, width in zip(BLOCKS, (4, 4, 8, 8, 8)):
+        for i in block:
+            tensors |= {f"features.{i}.weight": torch.randn(width, channels, 3, 3) * (2 / (9 * channels)) ** 0.5, f"features.{i}.bias": torch.zeros(width)}
+            channels = width
+    return tensors
+
+
+@pytest.fixture(scope="module")
+def pipeline(tiny, tmp_path_factory):
+    """A folder in which every stage's real command line has run, undisturbed. Nobody writes into it."""
+    folder = tmp_path_factory.mktemp("pipeline")
+    shutil.copytree(tiny / "teacher", folder / "models" / "teacher")
+    (folder / "prompts.txt").write_text("\n".join(PROMPTS))
+    save_file(vgg(), folder / "vgg.safetensors")
+    for stage, (script, words) in STAGES.items():
+        done = subprocess.run([sys.executable, ROOT / script, *words], cwd=folder, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+        assert done.returncode == 0 and not done.stdout and "warning" not in done.stderr, f"{stage}: {done.stderr}"
+    return folder
+
+
+@pytest.fixture(scope="module")
+def models(pipeline):
+    return {path.name: InstaFlow.load(path) for path in (pipeline / "models").iterdir()}
+
+
+def read_log(folder, stage):
+    return [json.loads(line) for line in (folder / OUT[stage] / "training" / "log.jsonl").read_text().splitlines()]
+
+
+def everything(data, model):
+    """All pairs as one batch -> (noise, latent, text states)."""
+    x0, x1, prompts = data.batch(range(len(data)))
+    with torch.no_grad():
+        return x0, x1, model.text(prompts)
+
+
+# --- what comes out ---
+
+def test_reflow_brings_the_velocity_nearer_to_its_pairs(pipeline, models):
+    x0, x1, text = everything(PairDataset(pipeline / "pairs" / "sd"), models["teacher"])
+    losses = []
+    for name in ("teacher", "2rf"):
+        with torch.no_grad():                              # equation 2 at fixed times; the teacher's U-Net as it is, as the initialisation takes it
+            v = [models[name].unet((1 - t) * x0 + t * x1, 1000 * (1 - t), text) for t in (0.0, 0.3, 0.6, 0.9)]
+        losses.append(torch.stack([(x1 - x0 - u).square().mean() for u in v]).mean().item())
+    assert losses[1] < 0.97 * losses[0]
+    line = read_log(pipeline, "reflow")[0]                 # step 1 of the log, by hand: nothing has been learnt yet
+    import training
+    rows, rng = training.batch_indices(0, 0, 4, 22), training.step_generator(0, 0)
+    t, dropped = flows.sample_time(4, "uniform", rng), rng.random(4) < 0.1
+    null = models["teacher"].text([""])
+    with torch.no_grad():
+        text = torch.where(torch.from_numpy(dropped)[:, None, None], null, text[rows])
+        loss = flows.flow_loss(lambda x, t: models["teacher"].unet(x, timestep(t), text), x0[rows], x1[rows], t).item()
+    assert line["step"] == 1 and line["loss"] == pytest.approx(loss, rel=0.03)                     # bf16, where the processor has it
+
+
+def test_distillation_brings_one_step_nearer_to_the_paths_end(pipeline, models):
+    x0, x1, text = everything(PairDataset(pipeline / "pairs" / "2rf"), models["2rf"])
+    with torch.no_grad():
+        losses = [(x0 + models[name].unet(x0, 1000.0, text) - x1).square().mean().item() for name in ("2rf", "l2")]
+    assert losses[1] < 0.9 * losses[0]
+    logged = [line["loss"] for line in read_log(pipeline, "distill")]
+    assert np.mean(logged[-8:]) < 0.9 * np.mean(logged[:4])
+
+
+def test_distillation_with_lpips_brings_pictures_nearer(pipeline, models):
+    x0, x1, text = everything(PairDataset(pipeline / "pairs" / "2rf"), models["2rf"])
+    distance, losses = LPIPS(pipeline / "vgg.safetensors"), []
+    resize = lambda images: torch.nn.functional.interpolate(images, (24, 24), mode="bilinear", antialias=True)
+    with torch.no_grad():
+        wanted = resize(models["2rf"].vae.decode(x1 / 0.18215))
+        for name in ("l2", "instaflow"):
+            losses.append(distance(resize(models[name].vae.decode((x0 + models[name].unet(x0, 1000.0, text)) / 0.18215)), wanted).mean().item())
+    assert losses[1] < losses[0]
+
+
+def test_what_the_folders_say(pipeline, models):
+    assert {k: models["2rf"].info[k] for k in ("prediction", "sampler", "steps", "guidance", "base")} == {"prediction": "velocity", "sampler": "euler", "steps": 25, "guidance": 1.5, "base": "../teacher"}
+    assert "trained_steps" not in models["2rf"].info
+    for name, stage in (("l2", "distill"), ("instaflow", "lpips")):
+        info = models[name].info
+        assert {k: info[k] for k in ("prediction", "sampler", "steps", "guidance", "trained_steps", "base")} == {
+            "prediction": "velocity", "sampler": "euler", "steps": 1, "guidance": 1.0, "trained_steps": [1], "base": "../teacher"}
+        assert info["pairs"]["model"] == "models/2rf" and info["pairs"]["guidance"] == 1.5
+        assert info["made"]["command"].startswith("python ") and info["made"]["command"].endswith(" ".join(STAGES[stage][1]))
+        assert info["made"]["seconds"] >= 0 and info["made"]["seed"] == 0 and info["made"]["processes"] == 1
+    for name in ("2rf", "l2", "instaflow"):
+        assert [p.name for p in (pipeline / "models" / name).iterdir() if p.is_dir()].sort() == ["training", "unet"].sort()
+        weights = load_file(pipeline / "models" / name / "unet" / "diffusion_pytorch_model.safetensors")
+        assert {v.dtype for v in weights.values()} == {torch.float16}
+        picture, = models[name].generate(["a red circle"])
+        assert picture.size == (16, 16)
+
+
+def test_the_saved_weights_are_the_average(pipeline):
+    for stage in ("reflow", "distill", "lpips"):
+        last = load_file(sorted((pipeline / OUT[stage] / "training").glob("step-*.safetensors"))[-1])
+        saved = load_file(pipeline / OUT[stage] / "unet" / "diffusion_pytorch_model.safetensors")
+        assert all(torch.equal(v, last[f"ema.{k}"].half()) for k, v in saved.items())
+        assert not torch.equal(last["ema.conv_in.weight"], last["model.conv_in.weight"])
+
+
+def test_log_plot_and_samples(pipeline):
+    for stage, count in (("reflow", 12), ("distill", 40), ("lpips", 12)):
+        lines = read_log(pipeline, stage)
+        assert [line["step"] for line in lines] == list(range(1, count + 1))
+        assert all(np.isfinite(line["loss"]) and line["gradient"] > 0 for line in lines)
+        assert ("loss_by_t" in lines[-1]) == (stage == "reflow")             # distillation knows only t = 0
+        folder = pipeline / OUT[stage] / "training"
+        files = {"log.jsonl", "log.png"} | {f"step-{s:08d}.safetensors" for s in {"reflow": (9, 12), "distill": (35, 40), "lpips": (10, 12)}[stage]}
+        assert {p.name for p in folder.iterdir()} == files | ({f"samples-{count:06d}.png"} if stage != "lpips" else set())
+
+
+def test_a_run_that_has_ended_can_be_run_again(pipeline, tmp_path, command, monkeypatch):
+    monkeypatch.chdir(shutil.copytree(pipeline, tmp_path / "p"))
+    for stage in ("reflow", "distill"):
+        before = {p: p.read_bytes() for p in Path(OUT[stage]).rglob("*.safetensors")}
+        shutil.rmtree(f"{OUT[stage]}/unet")                                  # killed after the last checkpoint, before the model was saved
+        assert command(STAGES[stage][0], *STAGES[stage][1])[0] == 0
+        after = {p: load_file(p) for p in Path(OUT[stage]).rglob("*.safetensors")}
+        assert after.keys() == before.keys()
+        assert all(torch.equal(v, load_file(pipeline / p)[k]) for p, tensors in after.items() for k, v in tensors.items())
+        made = json.loads(Path(OUT[stage], "instaflow.json").read_text())["made"]
+        assert made["seconds"] == json.loads((pipeline / OUT[stage] / "instaflow.json").read_text())["made"]["seconds"]
+
+
+def test_other_settings_are_refused(pipeline, command, monkeypatch):
+    monkeypatch.chdir(pipeline)
+    assert one_line(command("train_reflow.py", *STAGES["reflow"][1], "--lr", "1e-5", "--density", "u-shaped"), "models/2rf/training holds a run with other settings (density, lr)")
+    assert one_line(command("distill.py", *STAGES["distill"][1], "--seed", "1"), "models/l2/training holds a run with other settings (seed)")
+
+
+def test_mistakes_in_the_command_lines(pipeline, command, monkeypatch, tmp_path):
+    monkeypatch.chdir(pipeline)
+    new = ["--out", tmp_path / "new"]
+    assert one_line(command("distill.py", *STAGES["distill"][1], *new, "--loss", "lpips"), "--vgg")
+    assert one_line(command("distill.py", *STAGES["lpips"][1], *new, "--vgg", "none.pth"), "none.pth")
+    assert one_line(command("distill.py", *STAGES["lpips"][1], *new, "--linear", "vgg.safetensors"), "vgg.safetensors", "lin0")
+    assert one_line(command("distill.py", *STAGES["lpips"][1], *new, "--lpips-size", "8"), "--lpips-size 8")
+    assert one_line(command("distill.py", *STAGES["lpips"][1], *new, "--lpips-size", "-8"), "--lpips-size")
+    assert one_line(command("train_reflow.py", *STAGES["reflow"][1], *new, "--density", "normal"), "--density")
+    assert one_line(command("train_reflow.py", *STAGES["reflow"][1], *new, "--model", "models/none"), "models/none")
+    assert not (tmp_path / "new").exists()
+
+
+# --- kills ---
+
+def run_stage(folder, stage):
+    """In a process of its own: one stage's script, as `python script.py ...` runs it, but for the seconds of importing."""
+    os.chdir(folder)
+    script, words = STAGES[stage]
+    with open("output.txt", "a") as output:
+        os.dup2(output.fileno(), 1)
+        os.dup2(output.fileno(), 2)
+    sys.argv = [str(ROOT / script), *words]
+    runpy.run_path(sys.argv[0], run_name="__main__")
+
+
+@pytest.fixture(scope="module")
+def processes():
+    """Processes forked from one that has imported everything and run nothing."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]))
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["open_clip.transformer", "matplotlib.pyplot", "train_reflow", "distill", "test_pipeline"])
+        yield context
+
+
+def progress(folder, stage):
+    """(How much of a stage is done, of how much): shards, or lines of the log."""
+    if stage.startswith("pairs"):
+        return len(list((folder / OUT[stage]).glob("*.safetensors"))), 6
+    log = folder / OUT[stage] / "training" / "log.jsonl"
+    return log.read_text().count("\n") if log.exists() else 0, int(STAGES[stage][1][STAGES[stage][1].index("--iterations") + 1])
+
+
+def disturb(processes, folder, stage, kills, draw):
+    """Run a stage, killed at `kills` random moments and started again each time, until it ends."""
+    done = 0
+    while True:
+        process = processes.Process(target=run_stage, args=(folder, stage))
+        process.start()
+        if done < kills:
+            moment, delay = draw.randint(0, progress(folder, stage)[1]), draw.uniform(0, 0.1)
+            while process.is_alive() and progress(folder, stage)[0] < moment:
+                time.sleep(0.001)
+            time.sleep(delay)
+            process.kill()
+        process.join()
+        if process.exitcode == -signal.SIGKILL:
+            done += 1
+        else:
+            assert process.exitcode == 0, (folder / "output.txt").read_text()
+            if done == kills:
+                return
+            shutil.rmtree(folder / OUT[stage])             # it ended before the kill came: once more from the beginning
+            done = 0
+
+
+def assert_undisturbed(folder, pipeline, stage):
+    """What a stage left in `folder` is what the undisturbed one left, bitwise."""
+    ours, theirs = ({p.relative_to(f / OUT[stage]): p for p in (f / OUT[stage]).rglob("*.safetensors")} for f in (folder, pipeline))
+    assert ours.keys() == theirs.keys()
+    for name, path in ours.items():
+        a, b = load_file(path), load_file(theirs[name])
+        assert a.keys() == b.keys()
+        for k in a:
+            assert torch.equal(a[k], b[k]), f"{name}: {k} differs by {(a[k].float() - b[k].float()).abs().max()}"
+    if not stage.startswith("pairs"):
+        strip = lambda lines: [{k: v for k, v in line.items() if k not in ("seconds", "samples_per_second")} for line in lines]
+        assert strip(read_log(folder, stage)) == strip(read_log(pipeline, stage))
+        assert not list((folder / OUT[stage] / "training").glob("*.tmp"))
+
+
+@pytest.fixture
+def draw():
+    """Moments nobody chose; printed, so that a failure can be had again."""
+    seed = random.SystemRandom().randrange(10 ** 6)
+    print("moments are drawn from seed", seed)
+    return random.Random(seed)
+
+
+@pytest.mark.parametrize("stage", ["pairs", "reflow", "distill"])
+def test_a_killed_stage_ends_as_an_undisturbed_one_bitwise(processes, pipeline, tmp_path, draw, stage):
+    folder = shutil.copytree(pipeline, tmp_path / "p", ignore=shutil.ignore_patterns("training"))
+    shutil.rmtree(folder / OUT[stage])
+    disturb(processes, folder, stage, 1, draw)
+    assert_undisturbed(folder, pipeline, stage)
+
+
+@pytest.mark.slow
+def test_the_whole_pipeline_killed_ten_times(processes, pipeline, tmp_path, draw):
+    folder = tmp_path / "p"
+    shutil.copytree(pipeline / "models" / "teacher", folder / "models" / "teacher")
+    for name in ("prompts.txt", "vgg.safetensors"):
+        shutil.copy(pipeline / name, folder)
+    for stage in STAGES:
+        disturb(processes, folder, stage, 2, draw)
+    for stage in STAGES:
+        assert_undisturbed(folder, pipeline, stage)
+
+
+# --- any number of processes ---
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["reflow", "lpips"])
+def test_two_processes_train_as_one(pipeline, tmp_path, stage):
+    """But for the order in which a gradient's parts are added."""
+    folder, (script, words) = shutil.copytree(pipeline, tmp_path / "p"), STAGES[stage]
+    for processes, out in ((1, "one"), (2, "two")):
+        line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), ROOT / script, *words, "--float32", "--lr", "1e-3", "--out", out]
+        done = subprocess.run(line, cwd=folder, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    one, two = ([json.loads(line) for line in (folder / out / "training" / "log.jsonl").read_text().splitlines()] for out in ("one", "two"))
+    assert [line["step"] for line in one] == [line["step"] for line in two]
+    for a, b in zip(one, two):
+        assert b["loss"] == pytest.approx(a["loss"], rel=1e-4)
+        assert ("loss_by_t" in a) == ("loss_by_t" in b)
+        assert [v and pytest.approx(v, rel=1e-4) for v in a.get("loss_by_t", [])] == b.get("loss_by_t", [])
+    one, two = (load_file(sorted((folder / out / "training").glob("step-*"))[-1]) for out in ("one", "two"))
+    start = InstaFlow.load(folder / words[1]).unet.state_dict()
+    moved = max((one[f"model.{k}"] - v).abs().max().item() for k, v in start.items())
+    assert moved > 5e-3
+    assert max((one[f"model.{k}"] - two[f"model.{k}"]).abs().max().item() for k in start) < 0.02 * moved
+    assert json.loads((folder / "two" / "instaflow.json").read_text())["made"]["processes"] == 2
