@@ -9,9 +9,6 @@ object, and the object's shape, colour, size and place read off at the peak. A k
 """
 import copy
 import json
-import platform
-import sys
-import time
 from collections import namedtuple
 from itertools import permutations
 from pathlib import Path
@@ -20,7 +17,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file
 from torch import nn
 from tqdm import tqdm
 
@@ -35,6 +32,7 @@ TRAIN = dict(
     lr=1.5e-3,                # AdamW, cosine to zero
     warmup=150,
     ema=0.995,                # over some 200 iterations
+    log_every=50,
     save_every=200,
     seed=0,
 )
@@ -132,8 +130,7 @@ class Judge(nn.Module):
 
     def save(self, folder, **made):
         """Write judge.safetensors (float16) and judge.json (channels, and `made`: how it came to be)."""
-        tensors = {k: v.detach().half().cpu().contiguous() for k, v in self.state_dict().items()}
-        training.write(Path(folder) / "judge.safetensors", save(tensors))
+        training.write_tensors(Path(folder) / "judge.safetensors", self.state_dict(), dtype=torch.float16)
         training.write(Path(folder) / "judge.json", (json.dumps({"channels": self.channels} | made, indent=2) + "\n").encode())
 
     @classmethod
@@ -243,19 +240,12 @@ def judge_loss(out, objects, ground, true):
 
 
 def train(args):
-    if (args.out / "judge.json").exists():
-        raise cli.UserError(f"{args.out} holds a judge already; give another --out, or delete that folder")
-    world, started = training.start(), time.time()
+    world, folder = training.start(), f"{args.out}/training"
     torch.manual_seed(args.seed)
     judge = Judge().to(world.device)
-    ema = copy.deepcopy(judge).requires_grad_(False)
-    optimizer = training.adamw(judge, args.lr)
-    recipe = {k: getattr(args, k) for k in TRAIN if k != "save_every"}
-    first = training.resume(args.run, judge, ema, optimizer, recipe)
-    log = training.Log(args.run, first)
+    ema, optimizer = copy.deepcopy(judge).requires_grad_(False), training.adamw(judge, args.lr)
     images, objects, ground = render(args.seed, args.images)
-    bar = tqdm(range(first, args.iterations), initial=first, total=args.iterations, desc="judge", mininterval=2)
-    for step in bar:
+    for step, log, lr in training.steps(args, world, folder, judge, ema, optimizer, training.recipe(args), cosine=True):
         rows = torch.from_numpy(training.batch_indices(args.seed, step, args.batch, args.images))
         clean = images[rows].permute(0, 3, 1, 2).float() / 127.5 - 1                        # [B, 3, 64, 64]
         x, targets, true = augment(clean, objects[rows], training.step_generator(args.seed, step))
@@ -264,25 +254,9 @@ def train(args):
             out = judge(x)
         losses = judge_loss(out, targets.to(world.device), ground[rows].to(world.device), true.to(world.device))
         losses.mean().backward()
-        lr = training.learning_rate(step, args.lr, args.warmup, args.iterations, cosine=True)
-        norm = training.optimiser_step(optimizer, judge, lr, clip=5.0)
-        training.update_ema(ema, judge, step, args.ema)
-        log.add(losses, lr=float(lr), gradient=norm)
-        if (step + 1) % 50 == 0:
-            bar.set_postfix(loss=f"{log.write(step + 1, world)['loss']:.3f}")
-        if (step + 1) % args.save_every == 0:
-            training.save_checkpoint(args.run, step + 1, training.pack(judge, ema, optimizer), {"recipe": recipe})
-    ema.save(args.out, **recipe, trained_images=args.iterations * args.batch, seconds=round(time.time() - started),
-             resumed_at=first, hardware=hardware(world.device), date=time.strftime("%Y-%m-%d"), command=" ".join(["python", *sys.argv]))
+        log.add(losses, gradient=training.optimiser_step(optimizer, judge, lr, clip=5.0))
+    ema.save(args.out, **training.made(folder, args.seed))
     report(args.out, args.check, world.device)
-
-
-def hardware(device):
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    about = Path("/proc/cpuinfo")                                  # elsewhere than on Linux: the architecture must do
-    names = [line.split(":")[1].strip() for line in about.read_text().splitlines() if line.startswith("model name")] if about.exists() else []
-    return f"{(names or [platform.machine()])[0]}, {torch.get_num_threads()} thread(s)"
 
 
 def report(folder, n, device, seed=1_000_003):
@@ -301,8 +275,7 @@ def main():
     parser = cli.Parser(__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("train", help="train a judge from nothing", doc="Train a judge from nothing.")
-    command.add_argument("--out", type=Path, required=True, help="folder of the judge")
-    command.add_argument("--run", type=Path, default=Path("runs/judge"), help="folder of checkpoints and log; a killed run goes on from it")
+    command.add_argument("--out", type=Path, required=True, help="folder of the judge; checkpoints and log in its training/")
     for name, value in TRAIN.items():
         kind = float if isinstance(value, float) else cli.seed if name == "seed" else cli.positive
         command.add_argument(f"--{name.replace('_', '-')}", type=kind, default=value, help=f"default {value}")

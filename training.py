@@ -130,10 +130,14 @@ def add_flags(parser):
     add("--device", type=cli.device, help="default: the GPU where there is one")
 
 
+# What of a run's settings decides its result. (Not `iterations`: a run can be made longer.)
+RECIPE = {"model", "pairs", "loss", "vgg", "linear", "lpips_size", "drop", "density", "scenes", "images", "batch", "lr", "warmup", "cosine",
+          "weight_decay", "clip", "ema", "kl", "seed", "float32"}
+
+
 def recipe(args):
-    """What of the settings decides the result: a checkpoint made with another recipe is another run's. (`iterations` may
-    change: a run can be made longer.)"""
-    return {k: v for k, v in vars(args).items() if k not in ("iterations", "out", "device", "log_every", "save_every", "sample_every")}
+    """The settings that a checkpoint is kept with: one made with others is another run's."""
+    return {k: v for k, v in vars(args).items() if k in RECIPE}
 
 
 # --- the optimiser's step ---

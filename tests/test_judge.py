@@ -1,4 +1,5 @@
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -169,21 +170,18 @@ def test_save_load_and_damage(tmp_path):
 
 
 def test_a_killed_training_goes_on_as_if_nothing_had_happened(tmp_path, monkeypatch, capsys):
-    def train(out, run, iterations=4):
-        flags = ["--images", 40, "--iterations", iterations, "--batch", 8, "--save-every", 2, "--warmup", 1, "--check", 8]
-        monkeypatch.setattr(sys, "argv", ["judge.py", "train", "--out", *map(str, [tmp_path / out, "--run", tmp_path / run, *flags])])
+    def train(out, iterations=4, batch=8):
+        flags = ["--images", 40, "--iterations", iterations, "--batch", batch, "--save-every", 2, "--warmup", 1, "--check", 8]
+        monkeypatch.setattr(sys, "argv", ["judge.py", "train", "--out", *map(str, [tmp_path / out, *flags])])
         J.main()
-    train("whole", "one")
-    (tmp_path / "two").mkdir()
-    (tmp_path / "two" / "step-00000002.safetensors").write_bytes((tmp_path / "one" / "step-00000002.safetensors").read_bytes())
-    train("resumed", "two")
+    train("whole")
+    (tmp_path / "resumed" / "training").mkdir(parents=True)
+    shutil.copy(tmp_path / "whole" / "training" / "step-00000002.safetensors", tmp_path / "resumed" / "training")
+    train("resumed")
     assert (tmp_path / "whole" / "judge.safetensors").read_bytes() == (tmp_path / "resumed" / "judge.safetensors").read_bytes()
-    assert json.loads((tmp_path / "resumed" / "judge.json").read_text())["resumed_at"] == 2
     assert capsys.readouterr().out.count("exact match") == 4                       # two trainings, two splits
-    with pytest.raises(cli.UserError, match="holds a judge already"):
-        train("whole", "one")
-    with pytest.raises(cli.UserError, match="iterations"):                         # a run with other settings
-        train("other", "one", iterations=6)
+    with pytest.raises(cli.UserError, match="batch"):                              # a run with other settings
+        train("whole", batch=4)
 
 
 @pytest.mark.parametrize("flags, said", [(["check", "--model", "nowhere"], "nowhere holds no judge"), (["train"], "--out"), (["judge"], "judge"),
