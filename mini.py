@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from tqdm import tqdm
 
 import cli
 import scenes
@@ -139,7 +140,7 @@ def encode_world(vae, out, world):
     path, s = Path(out) / "training" / "world.safetensors", TEACHER_TRAINING
     if world.rank == 0 and not path.exists():
         latents, captions = [], []
-        for start in training.tqdm(range(0, s.scenes, 100), desc="encoding scenes", mininterval=1):
+        for start in tqdm(range(0, s.scenes, 100), desc="encoding scenes", mininterval=1):
             image, words = images(s.seed, start, 100)
             with training.autocast(world.device):
                 mean, _ = vae.encode(image.to(world.device).contiguous(memory_format=torch.channels_last))
@@ -178,7 +179,8 @@ def train_teacher(out, world):
         if world.rank == 0 and (step + 1) % s.sample_every == 0:
             pictures = InstaFlow(ema.unet, vae, ema.text, info).generate(PROMPTS)
             grid([pictures], None, PROMPTS).save(f"{out}/training/teacher/samples-{step + 1:06d}.png")
-    model = InstaFlow(ema.unet.eval(), vae, ema.text.eval(), {**info, "made": training.made(f"{out}/training/teacher", s.seed)})
+    made = [training.made(f"{out}/training/{stage}", s.seed) for stage in ("vae", "teacher")]
+    model = InstaFlow(ema.unet.eval(), vae, ema.text.eval(), {**info, "made": {**made[1], "seconds": made[0]["seconds"] + made[1]["seconds"]}})
     if world.rank == 0:
         model.save(out, dtype=torch.float16)
     return model
