@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import flows
+import training
 from conftest import one_line, relative_error
 from instaflow import InstaFlow, timestep
 from lpips import BLOCKS, LPIPS
@@ -24,14 +25,15 @@ from pairs import PairDataset
 ROOT = Path(__file__).resolve().parent.parent
 PROMPTS = ["a red circle", "a small yellow star", "ein grüner Ring", "a blue square", "日本の桜"]
 TRAINING = ["--batch", "4", "--warmup", "2", "--ema", "0.8", "--log-every", "1", "--device", "cpu"]
-STAGES = {                                                 # the README's lines, with an old noise predictor in Stable Diffusion's place, and short
-    "pairs": ("pairs.py", "--model models/teacher --prompts prompts.txt --steps 3 --guidance 2 --number 22 --shard 4 --batch 3 --device cpu --out pairs/sd".split()),
-    "reflow": ("train_reflow.py", ["--model", "models/teacher", "--pairs", "pairs/sd", "--out", "models/2rf", "--iterations", "12", "--lr", "3e-3", "--save-every", "3", "--sample-every", "12", *TRAINING]),
-    "pairs 2": ("pairs.py", "--model models/2rf --prompts prompts.txt --steps 3 --guidance 1.5 --number 22 --shard 4 --device cpu --out pairs/2rf".split()),
-    "distill": ("distill.py", ["--model", "models/2rf", "--pairs", "pairs/2rf", "--out", "models/l2", "--iterations", "40", "--lr", "3e-3", "--save-every", "7", "--sample-every", "40", *TRAINING]),
-    "lpips": ("distill.py", ["--model", "models/l2", "--pairs", "pairs/2rf", "--out", "models/instaflow", "--loss", "lpips", "--vgg", "vgg.safetensors", "--lpips-size", "24",
-                             "--iterations", "12", "--lr", "1e-3", "--save-every", "5", *TRAINING]),
+STAGES = {                                                 # the README's lines, short
+    "pairs": ("pairs.py", "--model models/teacher --prompts prompts.txt --steps 3 --guidance 2 --number 22 --shard 4 --batch 3 --device cpu --out pairs/first".split()),
+    "reflow": ("train_reflow.py", ["--model", "models/teacher", "--pairs", "pairs/first", "--out", "models/2rf", "--iterations", "12", "--lr", "3e-3", "--save-every", "3", "--sample-every", "12", *TRAINING]),
+    "pairs 2": ("pairs.py", "--model models/2rf --prompts prompts.txt --steps 3 --guidance 6 --number 22 --shard 4 --device cpu --out pairs/second".split()),
+    "distill": ("distill.py", ["--model", "models/2rf", "--pairs", "pairs/second", "--out", "models/l2", "--iterations", "28", "--lr", "3e-3", "--save-every", "6", "--sample-every", "28", *TRAINING]),
+    "lpips": ("distill.py", ["--model", "models/l2", "--pairs", "pairs/second", "--out", "models/instaflow", "--loss", "lpips", "--vgg", "vgg.safetensors", "--lpips-size", "24",
+                             "--iterations", "24", "--lr", "1e-3", "--cosine", "--save-every", "10", *TRAINING]),
 }
+TYPED = ("reflow", "distill")                              # run by `python script.py ...`; the others by a process that spares seconds of importing
 OUT = {stage: words[words.index("--out") + 1] for stage, (_, words) in STAGES.items()}
 
 
@@ -46,16 +48,45 @@ def vgg():
     return tensors
 
 
+def run_stage(folder, stage):
+    """One stage, as `python script.py ...` runs it, in a process of its own (target of a Process)."""
+    os.chdir(folder)
+    script, words = STAGES[stage]
+    with open("output.txt", "w") as output:
+        os.dup2(output.fileno(), 1)
+        os.dup2(output.fileno(), 2)
+    sys.argv = [str(ROOT / script), *words]
+    runpy.run_path(sys.argv[0], run_name="__main__")
+
+
 @pytest.fixture(scope="module")
-def pipeline(tiny, tmp_path_factory):
-    """A folder in which every stage's real command line has run, undisturbed. Nobody writes into it."""
+def processes():
+    """Processes forked from one that has imported everything and run nothing."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]))
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["open_clip.transformer", "matplotlib.pyplot", "train_reflow", "distill", "test_pipeline"])
+        yield context
+
+
+@pytest.fixture(scope="module")
+def pipeline(processes, tiny, tmp_path_factory):
+    """A folder in which every stage's command line has run, undisturbed. Nobody writes into it."""
     folder = tmp_path_factory.mktemp("pipeline")
     shutil.copytree(tiny / "teacher", folder / "models" / "teacher")
     (folder / "prompts.txt").write_text("\n".join(PROMPTS))
     save_file(vgg(), folder / "vgg.safetensors")
     for stage, (script, words) in STAGES.items():
-        done = subprocess.run([sys.executable, ROOT / script, *words], cwd=folder, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
-        assert done.returncode == 0 and not done.stdout and "warning" not in done.stderr, f"{stage}: {done.stderr}"
+        if stage in TYPED:
+            done = subprocess.run([sys.executable, ROOT / script, *words], cwd=folder, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+            status, output = done.returncode, done.stdout + done.stderr
+        else:
+            process = processes.Process(target=run_stage, args=(folder, stage))
+            process.start()
+            process.join()
+            status, output = process.exitcode, (folder / "output.txt").read_text()
+        assert status == 0 and "warning" not in output, f"{stage}: {output}"
     return folder
 
 
@@ -78,7 +109,7 @@ def everything(data, model):
 # --- what comes out ---
 
 def test_reflow_brings_the_velocity_nearer_to_its_pairs(pipeline, models):
-    x0, x1, text = everything(PairDataset(pipeline / "pairs" / "sd"), models["teacher"])
+    x0, x1, text = everything(PairDataset(pipeline / "pairs" / "first"), models["teacher"])
     losses = []
     for name in ("teacher", "2rf"):
         with torch.no_grad():                              # equation 2 at fixed times; the teacher's U-Net as it is, as the initialisation takes it
@@ -86,7 +117,6 @@ def test_reflow_brings_the_velocity_nearer_to_its_pairs(pipeline, models):
         losses.append(torch.stack([(x1 - x0 - u).square().mean() for u in v]).mean().item())
     assert losses[1] < 0.97 * losses[0]
     line = read_log(pipeline, "reflow")[0]                 # step 1 of the log, by hand: nothing has been learnt yet
-    import training
     rows, rng = training.batch_indices(0, 0, 4, 22), training.step_generator(0, 0)
     t, dropped = flows.sample_time(4, "uniform", rng), rng.random(4) < 0.1
     null = models["teacher"].text([""])
@@ -97,7 +127,7 @@ def test_reflow_brings_the_velocity_nearer_to_its_pairs(pipeline, models):
 
 
 def test_distillation_brings_one_step_nearer_to_the_paths_end(pipeline, models):
-    x0, x1, text = everything(PairDataset(pipeline / "pairs" / "2rf"), models["2rf"])
+    x0, x1, text = everything(PairDataset(pipeline / "pairs" / "second"), models["2rf"])
     with torch.no_grad():
         losses = [(x0 + models[name].unet(x0, 1000.0, text) - x1).square().mean().item() for name in ("2rf", "l2")]
     assert losses[1] < 0.9 * losses[0]
@@ -106,14 +136,14 @@ def test_distillation_brings_one_step_nearer_to_the_paths_end(pipeline, models):
 
 
 def test_distillation_with_lpips_brings_pictures_nearer(pipeline, models):
-    x0, x1, text = everything(PairDataset(pipeline / "pairs" / "2rf"), models["2rf"])
+    x0, x1, text = everything(PairDataset(pipeline / "pairs" / "second"), models["2rf"])
     distance, losses = LPIPS(pipeline / "vgg.safetensors"), []
     resize = lambda images: torch.nn.functional.interpolate(images, (24, 24), mode="bilinear", antialias=True)
     with torch.no_grad():
         wanted = resize(models["2rf"].vae.decode(x1 / 0.18215))
         for name in ("l2", "instaflow"):
             losses.append(distance(resize(models[name].vae.decode((x0 + models[name].unet(x0, 1000.0, text)) / 0.18215)), wanted).mean().item())
-    assert losses[1] < losses[0]
+    assert losses[1] < 0.95 * losses[0]
 
 
 def test_what_the_folders_say(pipeline, models):
@@ -123,11 +153,11 @@ def test_what_the_folders_say(pipeline, models):
         info = models[name].info
         assert {k: info[k] for k in ("prediction", "sampler", "steps", "guidance", "trained_steps", "base")} == {
             "prediction": "velocity", "sampler": "euler", "steps": 1, "guidance": 1.0, "trained_steps": [1], "base": "../teacher"}
-        assert info["pairs"]["model"] == "models/2rf" and info["pairs"]["guidance"] == 1.5
+        assert info["pairs"]["model"] == "models/2rf" and info["pairs"]["guidance"] == 6
         assert info["made"]["command"].startswith("python ") and info["made"]["command"].endswith(" ".join(STAGES[stage][1]))
         assert info["made"]["seconds"] >= 0 and info["made"]["seed"] == 0 and info["made"]["processes"] == 1
     for name in ("2rf", "l2", "instaflow"):
-        assert [p.name for p in (pipeline / "models" / name).iterdir() if p.is_dir()].sort() == ["training", "unet"].sort()
+        assert {p.name for p in (pipeline / "models" / name).iterdir()} == {"training", "unet", "instaflow.json"}
         weights = load_file(pipeline / "models" / name / "unet" / "diffusion_pytorch_model.safetensors")
         assert {v.dtype for v in weights.values()} == {torch.float16}
         picture, = models[name].generate(["a red circle"])
@@ -143,13 +173,13 @@ def test_the_saved_weights_are_the_average(pipeline):
 
 
 def test_log_plot_and_samples(pipeline):
-    for stage, count in (("reflow", 12), ("distill", 40), ("lpips", 12)):
+    for stage, count in (("reflow", 12), ("distill", 28), ("lpips", 24)):
         lines = read_log(pipeline, stage)
         assert [line["step"] for line in lines] == list(range(1, count + 1))
         assert all(np.isfinite(line["loss"]) and line["gradient"] > 0 for line in lines)
         assert ("loss_by_t" in lines[-1]) == (stage == "reflow")             # distillation knows only t = 0
         folder = pipeline / OUT[stage] / "training"
-        files = {"log.jsonl", "log.png"} | {f"step-{s:08d}.safetensors" for s in {"reflow": (9, 12), "distill": (35, 40), "lpips": (10, 12)}[stage]}
+        files = {"log.jsonl", "log.png"} | {f"step-{s:08d}.safetensors" for s in {"reflow": (9, 12), "distill": (24, 28), "lpips": (20, 24)}[stage]}
         assert {p.name for p in folder.iterdir()} == files | ({f"samples-{count:06d}.png"} if stage != "lpips" else set())
 
 
@@ -186,28 +216,6 @@ def test_mistakes_in_the_command_lines(pipeline, command, monkeypatch, tmp_path)
 
 
 # --- kills ---
-
-def run_stage(folder, stage):
-    """In a process of its own: one stage's script, as `python script.py ...` runs it, but for the seconds of importing."""
-    os.chdir(folder)
-    script, words = STAGES[stage]
-    with open("output.txt", "a") as output:
-        os.dup2(output.fileno(), 1)
-        os.dup2(output.fileno(), 2)
-    sys.argv = [str(ROOT / script), *words]
-    runpy.run_path(sys.argv[0], run_name="__main__")
-
-
-@pytest.fixture(scope="module")
-def processes():
-    """Processes forked from one that has imported everything and run nothing."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_NUM_THREADS", "1")
-        patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]))
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["open_clip.transformer", "matplotlib.pyplot", "train_reflow", "distill", "test_pipeline"])
-        yield context
-
 
 def progress(folder, stage):
     """(How much of a stage is done, of how much): shards, or lines of the log."""
