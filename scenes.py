@@ -295,6 +295,8 @@ def main():
     args = parser.parse_args()
     if not args.captions and not args.grid:
         parser.error("nothing to do: give --captions N or --grid PNG")
+    for path in filter(None, (args.captions and args.out, args.grid)):
+        path.parent.mkdir(parents=True, exist_ok=True)
     if args.captions:
         args.out.write_text("".join(f"{line}\n" for line in captions(args.seed, args.start, args.captions, args.split)))
     if args.grid:

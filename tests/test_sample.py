@@ -86,7 +86,7 @@ def test_several_prompts_and_a_labelled_grid(draw, flow, tmp_path):
         assert same(tmp_path / f"x-{i:03d}.png", wanted[i])
         assert facts(tmp_path / f"x-{i:03d}.png")["prompt"] == prompt and facts(tmp_path / f"x-{i:03d}.png")["index"] == str(i)
     sheet = pixels(tmp_path / "x.png")
-    assert sheet.shape[1] > 3 * 192 and (sheet[:76] < 100).any()             # words above the pictures
+    assert sheet.shape[1] > 3 * 192 and (sheet[:94] < 100).any()             # words above the pictures
     assert facts(tmp_path / "x.png") == {"prompt": str(prompts), "seed": "5", "model": facts(tmp_path / "x-000.png")["model"], "steps": "1", "guidance": "1.5"}
     assert not same(tmp_path / "x-000.png", wanted[1])
 
@@ -118,11 +118,11 @@ def test_compare_shows_each_model_from_the_same_noise(draw, tiny, tmp_path):
     for row, (name, steps) in enumerate((("teacher", 3), ("flow", 2), ("flow", 1))):
         model = InstaFlow.load(tiny / name)
         for column, image in enumerate(model.generate(["a", "b"], steps=steps, seed=3)):
-            left, top = 150 + column * 198, 76 + row * 198
+            left, top = 150 + column * 198, 94 + row * 198
             shown = np.array(sheet.crop((left, top, left + 192, top + 192)), int)
             wanted = np.array(image.resize((192, 192), Image.Resampling.LANCZOS), int)
             assert np.abs(shown - wanted).max() <= 3
-    label = np.array(sheet)[76:, :150]
+    label = np.array(sheet)[94:, :150]
     assert all((label[i * 198:(i + 1) * 198] < 100).any() for i in range(3))
 
 

@@ -306,6 +306,16 @@ def test_a_killed_run_ends_as_an_undisturbed_one_bitwise(whole, tmp_path, kills)
     assert sorted(p.name for p in tmp_path.glob("step-*")) == ["step-00000009.safetensors", "step-00000011.safetensors"]
 
 
+def test_an_ended_run_can_be_made_longer(tmp_path, monkeypatch):
+    """But for a cosine, whose learning rates say where it ends."""
+    monkeypatch.setattr(training, "learning_rate", lambda step, lr, warmup, iterations, cosine: lr)
+    wanted = train(tmp_path / "long")[0].state_dict()
+    monkeypatch.setattr(SETTINGS, "iterations", 5)
+    train(tmp_path / "longer")
+    monkeypatch.setattr(SETTINGS, "iterations", 11)
+    assert all(torch.equal(v, wanted[k]) for k, v in train(tmp_path / "longer")[0].state_dict().items())
+
+
 def test_other_settings_are_refused_and_named(tmp_path):
     with pytest.raises(Killed):
         train(tmp_path, 4)
@@ -345,6 +355,29 @@ def test_unpacked_adamw_goes_on_bitwise(tmp_path):
         assert torch.equal(ours[k], undisturbed[k]), k
     forgotten = trained(9, (step, tensors | {k: torch.zeros_like(v) for k, v in tensors.items() if k.endswith("exp_avg")}))
     assert not torch.equal(forgotten["model.0.weight"], undisturbed["model.0.weight"])     # the moments matter here
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_unpacked_moments_go_on_bitwise_in_either_memory_order(tmp_path, memory_format):
+    """A checkpoint is contiguous; fused AdamW walks weights and moments side by side, whatever their strides."""
+    def train(steps, start=None):
+        torch.manual_seed(0)
+        model, ema = (nn.Conv2d(4, 6, 3).to(memory_format=memory_format) for _ in range(2))
+        optimizer, done = training.adamw(model, 0.05), 0
+        if start:
+            done, tensors, _ = start
+            training.unpack(tensors, model, ema, optimizer)
+        for step in range(done, steps):
+            x = torch.from_numpy(training.step_generator(1, step).standard_normal((2, 4, 5, 5)).astype(np.float32))
+            model(x).square().mean().backward()
+            training.optimiser_step(optimizer, model, 0.05)
+        training.save_checkpoint(tmp_path, steps, training.pack(model, ema, optimizer))
+        return model.weight.detach()
+    undisturbed = train(6)
+    for path in tmp_path.iterdir():
+        path.unlink()
+    train(3)
+    assert torch.equal(train(6, training.load_checkpoint(tmp_path)), undisturbed)
 
 
 PACKED = ["model.0.weight", "ema.2.bias", "optimizer.0.weight.exp_avg", "optimizer.2.bias.step"]
