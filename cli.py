@@ -37,6 +37,19 @@ def seed(text):
     return value
 
 
+def number(low=-float("inf"), high=float("inf")):
+    """An argparse type: a finite number from low to high."""
+    def parse(text):
+        try:
+            value = float(text)
+        except ValueError:
+            value = float("nan")
+        if not (low <= value <= high and abs(value) < float("inf")):
+            raise argparse.ArgumentTypeError(f"{text} is not a number from {low:g} to {high:g}")
+        return value
+    return parse
+
+
 def device(text):
     """An argparse type: a device that torch can compute on here. (No GPU is touched: under torchrun each process has its own.)"""
     import torch
@@ -64,6 +77,10 @@ def run(main):
             raise                                          # not a file of the user's: a defect, so show it whole
         mend = "free some space and run the same line again: it goes on where it was" if error.errno == errno.ENOSPC else "check the path and its permissions"
         fail(f"{error.filename or 'disk'}: {error.strerror}; {mend}")
+    except (RuntimeError, MemoryError) as error:
+        if "out of memory" not in str(error).lower() and not isinstance(error, MemoryError):
+            raise
+        fail("out of memory; give a smaller --batch, or smaller pictures")
     except KeyboardInterrupt:
         sys.exit(130)
 
@@ -76,7 +93,7 @@ def fail(message):
 def read_prompts(path):
     """The prompts of a text file, one a line, blank lines skipped -> list[str]. Raises UserError."""
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = Path(path).read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise UserError(f"{path}: no such prompt file; write one prompt a line into it") from None
     except IsADirectoryError:

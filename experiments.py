@@ -1,4 +1,4 @@
-"""The paper's tables and figures, as commands on any model folders.
+"""The paper's tables and figures, as commands on folders of the miniature's models.
 
     python experiments.py table --out benchmarks/miniature.json            # the main table of the miniature
     python experiments.py guidance --model models/mini-sd --n 500          # exact match and FID over guidance strengths
@@ -17,6 +17,7 @@ import cli
 import fid
 import flows
 import mini
+import scenes
 import training
 import weights
 from cli import UserError
@@ -28,20 +29,17 @@ SEED = 2                                                   # of the evaluation's
 
 
 class Evaluation:
-    """n captions that no training saw, the pictures they were made with, and the judge."""
+    """Captions of n scenes that no training drew, and the judge. FID is to n other such scenes, so that real scenes have
+    one too: what is left of it at this n."""
 
-    def __init__(self, args, split="train"):
+    def __init__(self, args):
         self.args, self.judge = args, Judge.load(args.judge)
-        self.images, self.captions = mini.images(SEED, 0, args.n, split)
-        self.real = fid.statistics(self.embed(self.images))
-
-    @torch.no_grad()
-    def embed(self, images):
-        return torch.cat([self.judge.embed(batch) for batch in images.split(250)]).double().numpy()
+        self.images, self.captions = mini.images(SEED, 0, args.n, args.split)
+        self.real = fid.statistics(self.judge.embed(mini.images(SEED, args.n, args.n, args.split)[0]).numpy())
 
     def scores(self, images):
         """Images [n, 3, 64, 64] -> exact match (overall, without relations, by number of objects) and FID to the real scenes."""
-        return {**exact_match(self.judge, images, self.captions), "fid": fid.frechet_distance(*fid.statistics(self.embed(images)), *self.real)}
+        return {**exact_match(self.judge, images, self.captions), "fid": fid.frechet_distance(*fid.statistics(self.judge.embed(images).numpy()), *self.real)}
 
     def row(self, path, steps):
         model = InstaFlow.load(path)
@@ -90,23 +88,30 @@ def milliseconds(model, steps, repeats=7):
     return float(np.median(times[2:]))
 
 
+def crc(path):
+    try:
+        return f"{zlib.crc32(path.read_bytes()):08x}"
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing; train that model, or leave it out of --rows") from None
+
+
 def table(args):
     """Exact match, FID in the judge's features, S and ms for each model and number of steps. A row is kept as soon as it
     is measured, and measured again only when the weights it is of have changed."""
     path, folder = Path(args.out), Path(args.models)
     kept = weights.read_json(path) if path.exists() else {}
     evaluation, base = Evaluation(args), InstaFlow.load(folder / "mini-sd")
-    measures = {"real scenes": (folder, lambda: evaluation.scores(evaluation.images)),
-                "their VAE reconstructions": (folder / "mini-sd" / "vae", lambda: evaluation.scores(reconstruct(base, evaluation.images)))}
+    frozen = f"judge {crc(Path(args.judge) / 'judge.safetensors')}, VAE {crc(folder / 'mini-sd' / 'vae' / weights.VAE_FILE)}"
+    measures = {"real scenes": (frozen, lambda: evaluation.scores(evaluation.images)),
+                "their VAE reconstructions": (frozen, lambda: evaluation.scores(reconstruct(base, evaluation.images)))}
     for item in args.rows.split(","):
         name, _, steps = item.rpartition(":")
         if not name or not steps.isdigit() or int(steps) < 1:
             raise UserError(f"--rows {item}: write MODEL:STEPS, as in mini-sd:25")
-        measures[item] = folder / name / "unet", lambda name=name, steps=int(steps): evaluation.row(folder / name, steps)
+        measures[item] = f"{frozen}, U-Net {crc(folder / name / 'unet' / weights.UNET_FILE)}", lambda name=name, steps=int(steps): evaluation.row(folder / name, steps)
     rows = {}
     for item, (of, measure) in measures.items():
-        file = of / weights.UNET_FILE
-        key = f"{item}, n {args.n}, seed {args.seed}, weights {zlib.crc32(file.read_bytes()) if file.exists() else 0:08x}"
+        key = f"{item}, n {args.n}, split {args.split}, seed {args.seed}, {of}"
         if key not in kept:
             print(f"measuring {item}", file=sys.stderr)
             kept[key] = {**measure(), "measured": f"{training.hardware()}, {time.strftime('%Y-%m-%d')}"}
@@ -118,7 +123,7 @@ def table(args):
         by = " / ".join(f"{counted['exact']:.2f}" for counted in row["by_objects"].values())
         speed = f"{row['straightness']:.3f} | {row['ms']:.0f}" if "ms" in row else "|"
         print(f"| {item} | {row['exact']:.3f} | {by} | {row['unordered']:.3f} | {row['fid']:.2f} | {speed} |")
-    print(f"\n{args.n} captions, seed {args.seed}, {training.hardware()}, {time.strftime('%Y-%m-%d')}: `python {' '.join(sys.argv)}`")
+    print(f"\n{args.n} captions, split {args.split}, seed {args.seed}, {training.hardware()}, {time.strftime('%Y-%m-%d')}: `python {' '.join(sys.argv)}`")
 
 
 def guidance(args):
@@ -131,11 +136,12 @@ def guidance(args):
 
 def main():
     parser = cli.Parser(__doc__)
-    commands = parser.add_subparsers(required=True, parser_class=cli.Parser)
+    commands = parser.add_subparsers(required=True)
     for function, n in ((table, 2000), (guidance, 500)):
         command = commands.add_parser(function.__name__, doc=function.__doc__)
         command.set_defaults(run=function)
         command.add_argument("--n", type=cli.positive, default=n, help="captions")
+        command.add_argument("--split", choices=scenes.SPLITS, default="train", help="held-out: scenes with colour-shape pairs that no training has")
         command.add_argument("--seed", type=cli.seed, default=0, help="of the noise")
         command.add_argument("--judge", default="models/mini-judge")
         if function is table:
@@ -147,6 +153,8 @@ def main():
             command.add_argument("--steps", type=cli.positive)
             command.add_argument("--values", type=float, nargs="+", default=[1.0, 1.5, 2.0, 3.0, 4.0])
     args = parser.parse_args()
+    if args.n < 2:
+        parser.error("--n must be at least 2")
     args.run(args)
 
 

@@ -70,6 +70,8 @@ class InstaFlow:
             raise UserError(f"{path}: no such model folder; a model is a folder with unet/, vae/, text_encoder/ and instaflow.json")
         if (path / "instaflow.json").exists():
             info = weights.read_json(path / "instaflow.json")
+            if prediction and info.setdefault("prediction", prediction) != prediction:
+                raise UserError(f"{path}/instaflow.json says that the U-Net predicts {info['prediction']}, not {prediction}; leave out the prediction")
         else:
             info = {"prediction": prediction or _prediction_of(path)}
         base = path / info["base"] if "base" in info else path
@@ -90,7 +92,7 @@ class InstaFlow:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             modules = [(StackedUNet if unet.stacked else UNet)(unet), VAE(vae), TextTower(text)]
-        return cls(*(m.eval() for m in modules), {"prediction": "velocity"})
+        return cls(*(m.eval() for m in modules), {"prediction": "velocity"}).to("cpu")
 
     def save(self, path, self_contained=False, dtype=None):
         """Write the folder. VAE and text tower are written too where they came from no folder or self_contained is set;
@@ -161,7 +163,9 @@ class InstaFlow:
         return SAMPLERS[sampler](flows.guided(self.unet, context, null, alpha), x0, steps, self.schedule)
 
     def latents(self, prompts, steps=None, guidance=None, seed=0, first=0, negative="", height=None, width=None):
-        """-> scaled latents [B, 4, h, w] of list[str]; picture i starts from noise(0, seed, first + i)."""
+        """-> scaled latents [B, 4, h, w] of list[str]; picture i starts from noise(0, seed, first + i). A str is a ValueError."""
+        if isinstance(prompts, str) or not prompts:
+            raise ValueError("prompts must be a list of at least one str")
         x0 = self.noise(seed, first, len(prompts), height, width)
         self.check_steps(steps)
         with torch.no_grad():
@@ -194,14 +198,15 @@ def grid(rows, labels=None, columns=None, side=192):
     """Rows of PIL images as one picture, enlarged to `side` px where smaller: labels, one a row, at the left, and
     columns, one a column, on top (wrapped)."""
     side = max(side, rows[0][0].width)
+    high = round(side * rows[0][0].height / rows[0][0].width)
     font, left, top = ImageFont.load_default(15), 150 if labels else 0, 94 if columns else 0
-    sheet = Image.new("RGB", (left + (side + 6) * max(map(len, rows)), top + (side + 6) * len(rows)), "white")
+    sheet = Image.new("RGB", (left + (side + 6) * max(map(len, rows)), top + (high + 6) * len(rows)), "white")
     write = ImageDraw.Draw(sheet)
     for i, row in enumerate(rows):
         for j, image in enumerate(row):
-            sheet.paste(image.resize((side, round(side * image.height / image.width)), Image.Resampling.LANCZOS), (left + j * (side + 6), top + i * (side + 6)))
+            sheet.paste(image.resize((side, high), Image.Resampling.LANCZOS), (left + j * (side + 6), top + i * (high + 6)))
         if labels:
-            write.multiline_text((8, top + i * (side + 6) + side // 2), textwrap.fill(labels[i], 17), "black", font, anchor="lm")
+            write.multiline_text((8, top + i * (high + 6) + high // 2), textwrap.fill(labels[i], 17), "black", font, anchor="lm")
     for j, column in enumerate(columns or []):
         lines = textwrap.wrap(column, side // 8)
         write.multiline_text((left + j * (side + 6) + side // 2, top - 6), "\n".join(lines[:4]), "black", font, anchor="md", align="center")

@@ -79,6 +79,8 @@ class PairDataset:
         missing = sorted(set(range(-(-count // size))) - set(numbers))
         if missing:
             raise UserError(f"{shard_path(folder, missing[0])} is missing ({len(missing)} shards in all); run the same pairs.py line again to make what is missing")
+        for number in numbers:
+            self._open(number)                             # a cut file shows now, not hours into a training
         self.ends = [min((k + 1) * size, count) for k in range(len(numbers))]
 
     def _open(self, number):
@@ -121,7 +123,7 @@ def main():
     parser.add_argument("--out", required=True, help="folder of shards; what is there is not made again")
     parser.add_argument("--number", type=cli.positive, help="pairs in all (default: one a prompt; more go round the file again)")
     parser.add_argument("--steps", type=cli.positive, help="of the sampler (the paper: 25; default: the model's own)")
-    parser.add_argument("--guidance", type=float, help="the paper: 5.0 on Stable Diffusion's noise, 1.5 on the 2-rectified flow's velocity")
+    parser.add_argument("--guidance", type=cli.number(), help="the paper: 5.0 on Stable Diffusion's noise, 1.5 on the 2-rectified flow's velocity")
     parser.add_argument("--seed", type=cli.seed, default=0, help="of the noise, in stream 1")
     parser.add_argument("--batch", type=cli.positive, default=64, help="pictures at a time")
     parser.add_argument("--shard", type=cli.positive, default=1024, help="pairs a file: what a kill loses at most")

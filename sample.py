@@ -56,16 +56,16 @@ def pictures(model, prompts, noise, args, steps=None, clock=None):
     return out
 
 
-def load(path, args):
+def load(path, args, steps):
     model = InstaFlow.load(path, args.device, args.dtype, args.prediction)
-    model.check_steps(args.steps)
+    model.check_steps(steps)
     return model
 
 
 def write_png(image, path, **facts):
     info = PngInfo()
     for key, value in facts.items():
-        info.add_itxt(key, str(value))
+        info.add_itxt(key, str(value).encode("utf-8", "replace").decode())
     path.parent.mkdir(parents=True, exist_ok=True)
     image.save(path, pnginfo=info)
     print(path)
@@ -87,7 +87,7 @@ def arguments():
     add("--num", type=cli.positive, default=1, help="pictures a prompt, each from its own noise")
     add("--seed", type=cli.seed, default=0, help="of the noise")
     add("--steps", type=cli.positive, help="of the sampler (default: the model's own)")
-    add("--guidance", type=float, help="strength of the prompt (default: the model's own; 1 is none)")
+    add("--guidance", type=cli.number(), help="strength of the prompt (default: the model's own; 1 is none)")
     add("--negative", default="", help="the prompt that guidance leads away from")
     add("--model", default=str(HERE / "mini-instaflow"), help="a model folder")
     add("--prediction", choices=("velocity", "epsilon"), help="of a folder that does not say it itself")
@@ -106,6 +106,8 @@ def arguments():
     args.prompt += cli.read_prompts(args.prompts) if args.prompts else []
     if not [p for p in args.prompt if p.strip()]:
         parser.error('no prompt; say what to draw, as in: sample.py "a red circle left of a blue square"')
+    if args.compare and (args.interpolate or args.steps):
+        parser.error("--compare says models and steps itself (MODEL:STEPS,...); leave out --steps and --interpolate")
     if args.out.suffix.lower() != ".png":
         parser.error(f"--out {args.out}: pictures are written as PNG; name a .png file")
     args.dtype = precision(args.dtype, args.device)
@@ -118,7 +120,7 @@ def compare(args):
         path, _, steps = item.rpartition(":")
         if not path or not steps.isdigit() or int(steps) < 1:
             raise UserError(f"--compare {item}: write MODEL:STEPS, as in models/mini-sd:25")
-        model = load(path if Path(path).exists() else HERE / path, args)
+        model = load(path if Path(path).exists() else HERE / path, args, int(steps))
         noise = model.noise(args.seed, 0, len(prompts), args.height, args.width)
         rows.append(pictures(model, prompts, noise, args, int(steps)))
         labels.append(f"{Path(path).name}\n{steps} step{'s' * (int(steps) > 1)}")
@@ -126,11 +128,11 @@ def compare(args):
 
 
 def interpolate(args):
-    model = load(args.model, args)
+    model = load(args.model, args, args.steps)
     ends = [model.noise(seed, 0, 1, args.height, args.width)[0] for seed in args.interpolate]
     noise = slerp(*ends, args.frames)
     rows = [pictures(model, [prompt] * args.frames, noise, args, args.steps) for prompt in args.prompt]
-    write_png(grid(rows, args.prompt, side=128), args.out, prompt=args.prompt, interpolate=args.interpolate, model=args.model)
+    write_png(grid(rows, args.prompt, side=128), args.out, prompt=args.prompt, interpolate=args.interpolate, model=args.model, steps=args.steps or model.info["steps"])
 
 
 def main():
@@ -139,7 +141,7 @@ def main():
         return compare(args)
     if args.interpolate:
         return interpolate(args)
-    model, clock, prompts = load(args.model, args), Clock(), [p for p in args.prompt for _ in range(args.num)]
+    model, clock, prompts = load(args.model, args, args.steps), Clock(), [p for p in args.prompt for _ in range(args.num)]
     steps, guidance = args.steps or model.info["steps"], model.info["guidance"] if args.guidance is None else args.guidance
     images = pictures(model, prompts, model.noise(args.seed, 0, len(prompts), args.height, args.width), args, steps, clock)
     for i, (image, prompt) in enumerate(zip(images, prompts)):

@@ -70,6 +70,12 @@ def _bpe():
     return bpe
 
 
+@functools.lru_cache(maxsize=1000)
+def _warn(message):
+    """Once a prompt: a training meets it in every epoch."""
+    print(message, file=sys.stderr)
+
+
 def tokenize(prompts, length=77):
     """Token ids, int64 [B, length]: START, the text, END up to the length. A prompt that is too long is cut, with a
     warning on stderr that names what was cut."""
@@ -77,7 +83,7 @@ def tokenize(prompts, length=77):
     for prompt in prompts:
         ids = bpe.encode(prompt)
         if len(ids) > length - 2:
-            print(f"warning: the prompt is {len(ids)} tokens long, and {length - 2} fit; cut off: \"{bpe.decode(ids[length - 2:]).strip()}\"", file=sys.stderr)
+            _warn(f"warning: the prompt is {len(ids)} tokens long, and {length - 2} fit; cut off: \"{bpe.decode(ids[length - 2:]).strip()}\"")
         ids = [START] + ids[:length - 2]
         rows.append(ids + [END] * (length - len(ids)))
     return torch.tensor(rows, dtype=torch.long).reshape(len(rows), length)

@@ -24,7 +24,7 @@ def main():
     parser.add_argument("--model", required=True, help="initialisation: the model that made the pairs")
     parser.add_argument("--pairs", required=True, help="folder written by pairs.py")
     parser.add_argument("--out", required=True, help="folder of the new model; checkpoints and log in its training/")
-    parser.add_argument("--drop", type=float, default=0.1, help="share of prompts made NULL, so that guidance other than 1 stays calibrated")
+    parser.add_argument("--drop", type=cli.number(0, 1), default=0.1, help="share of prompts made NULL, so that guidance other than 1 stays calibrated")
     parser.add_argument("--density", choices=("uniform", "u-shaped"), default="uniform", help="of t; the paper: uniform")
     training.add_flags(parser)
     args = parser.parse_args()

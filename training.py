@@ -3,6 +3,7 @@
 Nothing random is ever saved: whatever step s needs is drawn from (seed, s) for the whole global batch, and each
 process takes its slice. So any number of processes trains the same, and a run goes on where it was killed.
 """
+import functools
 import json
 import os
 import platform
@@ -11,6 +12,7 @@ import sys
 import time
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -49,7 +51,8 @@ def start(device=None):
         device = f"cuda:{os.environ['LOCAL_RANK']}"        # never RANK: it counts over all nodes
         torch.cuda.set_device(device)
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+        # A day: one process may have a shard more to make than those that wait for it.
+        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=timedelta(days=1))
     return World(dist.get_rank(), dist.get_world_size(), torch.device(device))
 
 
@@ -90,7 +93,7 @@ def hardware():
 
 
 def made(folder, seed):
-    """Where a model comes from, for its JSON: command, seed, hardware, seconds (over all restarts, by the log), date."""
+    """Where a model comes from, for its JSON: command, seed, hardware, seconds (by the log: over all restarts, less what was done twice), date."""
     lines = filter(None, map(_json, (Path(folder) / "log.jsonl").read_text().splitlines()))
     return {"command": " ".join(["python", *sys.argv]), "processes": int(os.environ.get("WORLD_SIZE", 1)), "seed": seed, "hardware": hardware(),
             "seconds": round(sum(line.get("seconds", 0) for line in lines)), "date": time.strftime("%Y-%m-%d")}
@@ -101,8 +104,12 @@ def made(folder, seed):
 def batch_indices(seed, step, batch, size):
     """Which of `size` items the global batch of `step` holds -> int64 [batch]: every epoch is a fresh permutation."""
     positions = np.arange(step * batch, (step + 1) * batch)
-    epochs = {epoch: np.random.default_rng([seed, epoch]).permutation(size) for epoch in np.unique(positions // size)}
-    return np.array([epochs[p // size][p % size] for p in positions])
+    return np.array([_order(seed, p // size, size)[p % size] for p in positions])
+
+
+@functools.lru_cache(maxsize=2)
+def _order(seed, epoch, size):
+    return np.random.default_rng([seed, epoch]).permutation(size)
 
 
 def step_generator(seed, step):
@@ -116,12 +123,12 @@ def add_flags(parser):
     add = parser.add_argument
     add("--iterations", type=cli.positive, default=70_000, help="optimiser steps in all")
     add("--batch", type=cli.positive, default=64, help="pairs a step, over all processes")
-    add("--lr", type=float, default=1e-6, help="the paper's, for fine-tuning Stable Diffusion; small nets want 1e-4 and more")
-    add("--warmup", type=int, default=1000, help="steps until the learning rate is reached")
+    add("--lr", type=cli.number(0), default=1e-6, help="the paper's, for fine-tuning Stable Diffusion; small nets want 1e-4 and more")
+    add("--warmup", type=cli.seed, default=1000, help="steps until the learning rate is reached")
     add("--cosine", action="store_true", help="let it fall to zero; the paper keeps it constant")
-    add("--weight-decay", type=float, default=1e-2, help="AdamW's")
-    add("--clip", type=float, default=1.0, help="the gradient's largest norm")
-    add("--ema", type=float, default=0.9999, help="decay of the average of the weights, which is what is saved")
+    add("--weight-decay", type=cli.number(0), default=1e-2, help="AdamW's")
+    add("--clip", type=cli.number(0), default=1.0, help="the gradient's largest norm")
+    add("--ema", type=cli.number(0, 1), default=0.9999, help="decay of the average of the weights, which is what is saved")
     add("--seed", type=cli.seed, default=0, help="of the data's order, t and dropped prompts")
     add("--log-every", type=cli.positive, default=50)
     add("--save-every", type=cli.positive, default=500, help="steps from checkpoint to checkpoint: what a kill loses at most")
@@ -130,14 +137,14 @@ def add_flags(parser):
     add("--device", type=cli.device, help="default: the GPU where there is one")
 
 
-# What of a run's settings decides its result. (Not `iterations`: a run can be made longer.)
-RECIPE = {"model", "pairs", "loss", "vgg", "linear", "lpips_size", "drop", "density", "scenes", "images", "batch", "lr", "warmup", "cosine",
+# What of a run's settings decides its result. (`iterations` only where the learning rate's schedule ends with it.)
+RECIPE = {"min_snr", "model", "pairs", "loss", "vgg", "linear", "lpips_size", "drop", "density", "scenes", "images", "batch", "lr", "warmup", "cosine",
           "weight_decay", "clip", "ema", "kl", "seed", "float32"}
 
 
 def recipe(args):
     """The settings that a checkpoint is kept with: one made with others is another run's."""
-    return {k: v for k, v in vars(args).items() if k in RECIPE}
+    return {k: v for k, v in vars(args).items() if k in RECIPE or (k == "iterations" and getattr(args, "cosine", True))}
 
 
 # --- the optimiser's step ---
@@ -155,12 +162,14 @@ def learning_rate(step, lr, warmup, iterations, cosine=False):
 
 def optimiser_step(optimizer, model, lr, clip=1.0):
     """Clip the gradient's norm, step, forget the gradient -> the norm before clipping (float)."""
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
+    norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), clip))
+    if not np.isfinite(norm):
+        raise UserError("the gradient is not finite, so no step was taken; lower --lr and run the same line again: it goes on from its last checkpoint")
     for group in optimizer.param_groups:
         group["lr"] = float(lr)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return float(norm)
+    return norm
 
 
 @torch.no_grad()
@@ -252,7 +261,10 @@ def resume(folder, model, ema, optimizer, recipe):
     changed = [k for k in recipe if metadata.get("recipe", {}).get(k) != recipe[k]]
     if changed:
         raise UserError(f"{folder} holds a run with other settings ({', '.join(changed)}); give the same ones, or another --out, or delete that folder")
-    unpack(tensors, model, ema, optimizer)
+    try:
+        unpack(tensors, model, ema, optimizer)
+    except (KeyError, RuntimeError) as error:
+        raise UserError(f"{folder} holds checkpoints of another network ({str(error).splitlines()[0]}); give another --out, or delete that folder") from None
     return step
 
 
@@ -261,6 +273,8 @@ def steps(settings, world, folder, model, ema, optimizer, recipe, cosine=False):
     When the loop's body has ended: EMA, and now and then a line of the log and a checkpoint.
     settings: .iterations, .lr, .warmup, .ema, .log_every, .save_every. Raises UserError where `folder` holds another run."""
     first = resume(folder, model, ema, optimizer, recipe)
+    if first > settings.iterations:
+        raise UserError(f"{folder} holds a run of {first} iterations already, and {settings.iterations} are asked for; ask for more, or give another --out")
     log, name = Log(folder, first, writes=world.rank == 0), "/".join(Path(folder).parts[-3:]).replace("/training", "")
     for leftover in Path(folder).glob("*.tmp") if world.rank == 0 else ():
         leftover.unlink()                                  # what a killed process was writing: gigabytes, at full size
