@@ -106,8 +106,8 @@ def arguments():
     args.prompt += cli.read_prompts(args.prompts) if args.prompts else []
     if not [p for p in args.prompt if p.strip()]:
         parser.error('no prompt; say what to draw, as in: sample.py "a red circle left of a blue square"')
-    if args.compare and (args.interpolate or args.steps):
-        parser.error("--compare says models and steps itself (MODEL:STEPS,...); leave out --steps and --interpolate")
+    if args.compare and args.interpolate:
+        parser.error("--compare and --interpolate are two different pictures; ask for one of them")
     if args.out.suffix.lower() != ".png":
         parser.error(f"--out {args.out}: pictures are written as PNG; name a .png file")
     args.dtype = precision(args.dtype, args.device)
