@@ -56,7 +56,7 @@ def main():
     ema, optimizer, net = copy.deepcopy(unet).eval(), training.adamw(unet, args.lr, args.weight_decay), training.distributed(unet.train(), world)
     info = {"prediction": "velocity", "sampler": "euler", "steps": 1, "guidance": 1.0, "trained_steps": [1], "pairs": data.info}
     folder = f"{args.out}/training"
-    for step, log, lr in training.steps(args, world, folder, unet, ema, optimizer, training.recipe(args), args.cosine):
+    for step, log, lr in training.steps(args, world, folder, unet, ema, optimizer, training.recipe(args) | {"pairs_made": data.info}, args.cosine):
         rows = world.share(training.batch_indices(args.seed, step, args.batch, len(data)))
         x0, x1, prompts = data.batch(rows)
         x0, x1, t = x0.to(world.device), x1.to(world.device), torch.zeros(len(rows), device=world.device)

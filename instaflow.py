@@ -55,6 +55,10 @@ class InstaFlow:
             raise UserError(f'prediction is {prediction!r}; it must be "velocity" or "epsilon"')
         self.unet, self.vae, self.text, self.base = unet, vae, text, base
         self.info = {**DEFAULTS[prediction], **info}
+        if unet.config.cross_attention_dim != text.config.hidden_size:
+            raise UserError(f"the U-Net attends to states {unet.config.cross_attention_dim} wide, and the text tower's are {text.config.hidden_size}: they are of two models")
+        if {unet.config.in_channels, unet.config.out_channels} != {vae.config.latent_channels}:
+            raise UserError(f"the U-Net takes {unet.config.in_channels} channels and the VAE's latents have {vae.config.latent_channels}: they are of two models, or it is an inpainting model")
         if self.info["sampler"] not in SAMPLERS:
             raise UserError(f"sampler is {self.info['sampler']!r}; it must be one of {', '.join(SAMPLERS)}")
         self.schedule = diffusion.Schedule.stable_diffusion()

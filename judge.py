@@ -241,6 +241,8 @@ def judge_loss(out, objects, ground, true):
 
 def train(args):
     world, folder = training.start(), f"{args.out}/training"
+    if world.size > 1:
+        raise cli.UserError("the judge trains in one process; start it with python, not torchrun")
     torch.manual_seed(args.seed)
     judge = Judge().to(world.device)
     ema, optimizer = copy.deepcopy(judge).requires_grad_(False), training.adamw(judge, args.lr)

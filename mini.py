@@ -7,6 +7,7 @@ A killed stage goes on where it was: run the same line again.
 """
 import copy
 import dataclasses
+import shlex
 import subprocess
 import sys
 from argparse import Namespace
@@ -196,6 +197,7 @@ STUDENT = "--batch 64 --warmup 100 --cosine --ema 0.998 --save-every 100 --sampl
 def pipeline(root, short=False):
     """The command lines of the whole miniature, in order: the paper's pipeline, and direct distillation beside it."""
     n = (lambda full, little: little if short else full)
+    root = shlex.quote(str(root))
     models, pairs = f"{root}/models", f"{root}/pairs"
     lines = f"""
         judge.py train --out {models}/mini-judge {n("", "--images 200 --iterations 4 --check 50")}
@@ -215,7 +217,7 @@ def pipeline(root, short=False):
 def run_all(args, world):
     for line in pipeline(args.root, args.short):
         print(f"\n$ python {line}", flush=True)
-        script, *words = line.split()
+        script, *words = shlex.split(line)
         code = subprocess.run([sys.executable, Path(__file__).parent / script, *words], check=False).returncode
         if code:
             raise cli.UserError(f"`python {line}` ended with status {code}; mend what it says, and run the same line again: it goes on from there")

@@ -36,7 +36,7 @@ def main():
     ema, optimizer, net = copy.deepcopy(unet).eval(), training.adamw(unet, args.lr, args.weight_decay), training.distributed(unet.train(), world)
     info = {"prediction": "velocity", "sampler": "euler", "steps": 25, "guidance": 1.5, "pairs": data.info}
     folder = f"{args.out}/training"
-    for step, log, lr in training.steps(args, world, folder, unet, ema, optimizer, training.recipe(args), args.cosine):
+    for step, log, lr in training.steps(args, world, folder, unet, ema, optimizer, training.recipe(args) | {"pairs_made": data.info}, args.cosine):
         rows = world.share(training.batch_indices(args.seed, step, args.batch, len(data)))
         rng = training.step_generator(args.seed, step)
         t = world.share(flows.sample_time(args.batch, args.density, rng)).to(world.device)

@@ -228,7 +228,7 @@ def test_other_settings_into_the_same_folder_are_refused(copy, again, flag, valu
 
 
 def test_other_prompts_and_another_model_are_refused(copy, again, tiny):
-    assert one_line(again("--model", tiny / "flow"), "model, sampler differ")
+    assert one_line(again("--model", tiny / "flow"), "model, weights, sampler differ")
     (copy / "prompts.txt").write_text("\n".join(PROMPTS[::-1]))
     assert one_line(again(), "prompts differ")
 
