@@ -24,7 +24,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 import cli
-from cli import UserError
 
 
 @dataclass(frozen=True)
@@ -37,28 +36,21 @@ class World:
     def share(self, batch):
         """This process's slice of a global batch (anything that can be sliced along its first axis)."""
         if len(batch) % self.size:
-            raise UserError(f"--batch {len(batch)} does not divide among {self.size} processes; choose a multiple")
+            raise cli.UserError(f"--batch {len(batch)} does not divide among {self.size} processes; choose a multiple")
         return batch[self.rank * len(batch) // self.size:(self.rank + 1) * len(batch) // self.size]
 
 
 def start(device=None):
     """Join the process group under torchrun (NCCL on GPUs, gloo on CPUs), or be the only process -> World."""
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if "RANK" not in os.environ:
         return World(0, 1, torch.device(device))
     if torch.device(device).type == "cuda":
         device = f"cuda:{os.environ['LOCAL_RANK']}"        # never RANK: it counts over all nodes
         torch.cuda.set_device(device)
     if not dist.is_initialized():
-        # A day: one process may have a shard more to make than those that wait for it.
-        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=timedelta(days=1))
+        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=timedelta(days=1))      # one may have a shard more to make
     return World(dist.get_rank(), dist.get_world_size(), torch.device(device))
-
-
-def finish():
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 def barrier():
@@ -66,17 +58,21 @@ def barrier():
         dist.barrier()
 
 
+def finish():
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def distributed(module, world):
     """The module whose backward pass averages gradients over all processes; itself where there is one process."""
-    if world.size == 1:
-        return module
-    return torch.nn.parallel.DistributedDataParallel(module, device_ids=[world.device] if world.device.type == "cuda" else None)
+    devices = [world.device] if world.device.type == "cuda" else None
+    return torch.nn.parallel.DistributedDataParallel(module, devices) if world.size > 1 else module
 
 
 @contextmanager
 def autocast(device, float32=False):
-    """bf16 arithmetic over float32 master weights; on a CPU only where the processor has bf16 instructions, and with plain
-    attention: there, the fused kernel's backward pass alone takes as long as all the rest of a small network."""
+    """bf16 arithmetic over float32 weights; on a CPU only where the processor has bf16 instructions, and with plain attention:
+    there, the fused kernel's backward pass alone takes as long as all the rest of a small network."""
     fast = device.type == "cuda" or (device.type == "cpu" and torch.cpu._is_avx512_bf16_supported())
     with torch.autocast(device.type, torch.bfloat16, enabled=fast and not float32):
         with sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext():
@@ -137,14 +133,12 @@ def add_flags(parser):
     add("--device", type=cli.device, help="default: the GPU where there is one")
 
 
-# What of a run's settings decides its result. (`iterations` only where the learning rate's schedule ends with it.)
-RECIPE = {"min_snr", "model", "pairs", "loss", "vgg", "linear", "lpips_size", "drop", "density", "scenes", "images", "batch", "lr", "warmup", "cosine",
-          "weight_decay", "clip", "ema", "kl", "seed", "float32"}
-
-
 def recipe(args):
-    """The settings that a checkpoint is kept with: one made with others is another run's."""
-    return {k: v for k, v in vars(args).items() if k in RECIPE or (k == "iterations" and getattr(args, "cosine", True))}
+    """The settings that decide a run's result: a checkpoint made with others is another run's. (`iterations` do where the
+    learning rate's schedule ends with them; else a run can be made longer.)"""
+    decisive = {"min_snr", "model", "pairs", "loss", "vgg", "linear", "lpips_size", "drop", "density", "scenes", "images", "batch", "lr", "warmup",
+                "cosine", "weight_decay", "clip", "ema", "kl", "seed", "float32"} | ({"iterations"} if getattr(args, "cosine", True) else set())
+    return {k: v for k, v in vars(args).items() if k in decisive}
 
 
 # --- the optimiser's step ---
@@ -164,7 +158,7 @@ def optimiser_step(optimizer, model, lr, clip=1.0):
     """Clip the gradient's norm, step, forget the gradient -> the norm before clipping (float)."""
     norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), clip))
     if not np.isfinite(norm):
-        raise UserError("the gradient is not finite, so no step was taken; lower --lr and run the same line again: it goes on from its last checkpoint")
+        raise cli.UserError("the gradient is not finite, so no step was taken; lower --lr and run the same line again: it goes on from its last checkpoint")
     for group in optimizer.param_groups:
         group["lr"] = float(lr)
     optimizer.step()
@@ -231,9 +225,8 @@ def pack(model, ema, optimizer):
     """Weights, EMA and AdamW's moments as one flat dict of tensors, for `save_checkpoint`."""
     tensors = {f"model.{k}": v for k, v in model.state_dict().items()} | {f"ema.{k}": v for k, v in ema.state_dict().items()}
     names = [k for k, _ in model.named_parameters()]
-    for i, state in optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{names[i]}.{k}": v for k, v in state.items()}
-    return tensors
+    moments = optimizer.state_dict()["state"]              # by a parameter's number: one that never had a gradient has none
+    return tensors | {f"optimizer.{names[i]}.{k}": v for i, state in moments.items() for k, v in state.items()}
 
 
 def unpack(tensors, model, ema, optimizer):
@@ -260,11 +253,11 @@ def resume(folder, model, ema, optimizer, recipe):
         return 0
     changed = [k for k in recipe if metadata.get("recipe", {}).get(k) != recipe[k]]
     if changed:
-        raise UserError(f"{folder} holds a run with other settings ({', '.join(changed)}); give the same ones, or another --out, or delete that folder")
+        raise cli.UserError(f"{folder} holds a run with other settings ({', '.join(changed)}); give the same ones, or another --out, or delete that folder")
     try:
         unpack(tensors, model, ema, optimizer)
     except (KeyError, RuntimeError) as error:
-        raise UserError(f"{folder} holds checkpoints of another network ({str(error).splitlines()[0]}); give another --out, or delete that folder") from None
+        raise cli.UserError(f"{folder} holds checkpoints of another network ({str(error).splitlines()[0]}); give another --out, or delete that folder") from None
     return step
 
 
@@ -274,7 +267,7 @@ def steps(settings, world, folder, model, ema, optimizer, recipe, cosine=False):
     settings: .iterations, .lr, .warmup, .ema, .log_every, .save_every. Raises UserError where `folder` holds another run."""
     first = resume(folder, model, ema, optimizer, recipe)
     if first > settings.iterations:
-        raise UserError(f"{folder} holds a run of {first} iterations already, and {settings.iterations} are asked for; ask for more, or give another --out")
+        raise cli.UserError(f"{folder} holds a run of {first} iterations already, and {settings.iterations} are asked for; ask for more, or give another --out")
     log, name = Log(folder, first, writes=world.rank == 0), "/".join(Path(folder).parts[-3:]).replace("/training", "")
     for leftover in Path(folder).glob("*.tmp") if world.rank == 0 else ():
         leftover.unlink()                                  # what a killed process was writing: gigabytes, at full size
@@ -337,20 +330,17 @@ class Log:
 
     def plot(self, title):
         """Loss over steps, and the last loss by t: log.png beside log.jsonl."""
-        import matplotlib
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
+        from matplotlib.figure import Figure               # without pyplot: no window, and nothing to close
         binned = [line for line in self.lines if "loss_by_t" in line]
-        figure, axes = plt.subplots(1, 2 if binned else 1, figsize=(11 if binned else 6, 4), squeeze=False)
+        figure = Figure(figsize=(11 if binned else 6, 4), layout="tight")
+        axes = figure.subplots(1, 2 if binned else 1, squeeze=False)
         axes[0, 0].plot([line["step"] for line in self.lines], [line["loss"] for line in self.lines])
         axes[0, 0].set(xlabel="iteration", ylabel="loss", yscale="log", title=title)
         if binned:
             centres = (np.arange(self.bins) + 0.5) / self.bins
             axes[0, 1].plot(centres, [np.nan if v is None else v for v in binned[-1]["loss_by_t"]], "o-")
             axes[0, 1].set(xlabel="t (0 noise, 1 image)", ylabel="loss", title=f"by time, at iteration {binned[-1]['step']}")
-        figure.tight_layout()
         figure.savefig(self.path.with_suffix(".png"), dpi=90)
-        plt.close(figure)
 
 
 def _json(line):
