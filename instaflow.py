@@ -30,7 +30,7 @@ CONFIGS = {                                                # U-Net, VAE, text to
     "stacked": (UNetConfig(stacked=True), VAEConfig(), TextConfig()),
     "mini": (UNetConfig(block_out_channels=(48, 96, 128), layers_per_block=1, attention_head_dim=4, cross_attention_dim=64, norm_num_groups=8, sample_size=16,
                         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D")),
-             VAEConfig(block_out_channels=(16, 32, 64, 96), layers_per_block=1, norm_num_groups=4, sample_size=64),
+             VAEConfig(block_out_channels=(16, 32, 64), layers_per_block=1, norm_num_groups=4, sample_size=64),
              TextConfig(hidden_size=64, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4)),
 }
 # What the sample grids of every training show.

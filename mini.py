@@ -25,20 +25,18 @@ import training
 import weights
 from diffusion import Schedule
 from instaflow import CONFIGS, PROMPTS, InstaFlow, grid
-from lpips import LPIPS
 from text import TextTower, tokenize
 from unet import UNet
 from vae import VAE
 
-UNET, AUTOENCODER, TEXT = CONFIGS["mini"]                  # factor 8
+UNET, AUTOENCODER, TEXT = CONFIGS["mini"]                  # factor 4
 LATENT = (AUTOENCODER.latent_channels, scenes.SIZE // AUTOENCODER.factor, scenes.SIZE // AUTOENCODER.factor)
 VAE_TRAINING = Namespace(
-    iterations=9000,
+    iterations=10000,
     batch=8,
     lr=2e-3,              # cosine to zero
     warmup=100,
     ema=0.995,
-    perceptual=4.0,       # of LPIPS on the judge's features
     kl=1e-5,              # of the KL a latent: just enough that latents keep a scale
     seed=0,               # scenes (seed, 0, 1, ...): every picture is new
     log_every=50,
@@ -62,17 +60,18 @@ GUIDANCE = 2.0            # of the teacher, on noise: chosen on a small grid
 
 
 
+
+
 def images(seed, start, n, split="train"):
     """Scenes as a network takes them -> (float32 [n, 3, 64, 64] in [-1, 1], captions)."""
     pixels, captions, _ = scenes.batch(seed, start, n, split)
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1, captions
 
 
-def train_vae(out, judge, world):
-    """L1 + 2 L2, LPIPS and a light KL (Rombach et al. 2022, appendix G, without the adversary) -> the EMA weights as a VAE.
+def train_vae(out, world):
+    """L1 + 2 L2 and a light KL (Rombach et al. 2022, appendix G, without the adversary) -> the EMA weights as a VAE.
     L1 alone keeps faint textures at the cost of small objects' shapes; L2 weighs those, where the error is large."""
     s = VAE_TRAINING
-    lpips = LPIPS(Path(judge) / "judge.safetensors").to(world.device)
     torch.manual_seed(s.seed)
     vae = VAE(AUTOENCODER).to(world.device, memory_format=torch.channels_last)
     ema, optimizer = copy.deepcopy(vae), training.adamw(vae, s.lr)
@@ -84,13 +83,12 @@ def train_vae(out, judge, world):
         image, noise = image.to(world.device), torch.from_numpy(world.share(noise)).to(world.device)
         with training.autocast(world.device):
             decoded, mean, logvar = net(image.contiguous(memory_format=torch.channels_last), noise)
-            perceived = lpips(decoded, image)
         difference = decoded.float() - image
-        error = (difference.abs() + 2 * difference.square()).mean((1, 2, 3)) + s.perceptual * perceived
+        error = (difference.abs() + 2 * difference.square()).mean((1, 2, 3))
         kl = 0.5 * (mean.float() ** 2 + logvar.float().exp() - 1 - logvar.float()).mean((1, 2, 3))
         (error + s.kl * kl).mean().backward()
         training.optimiser_step(optimizer, vae, lr)
-        log.add(error, kl=float(kl.mean()), lpips=float(perceived.detach().mean()))
+        log.add(error, kl=float(kl.mean()))
     return ema.eval()
 
 
@@ -156,10 +154,10 @@ def encode_world(vae, out, world):
     return data["latents"], data["ids"]
 
 
-def train_teacher(out, judge, world):
+def train_teacher(out, world):
     """Noise prediction as Stable Diffusion's (Ho et al. 2020, equation 14), text tower included -> the saved model."""
     s = TEACHER_TRAINING
-    vae = standardise(train_vae(out, judge, world).cpu()).to(world.device)
+    vae = standardise(train_vae(out, world).cpu()).to(world.device)
     latents, ids = encode_world(vae, out, world)
     torch.manual_seed(s.seed)
     teacher = Teacher().to(world.device, memory_format=torch.channels_last)
@@ -203,7 +201,7 @@ def pipeline(root, short=False):
     models, pairs = f"{root}/models", f"{root}/pairs"
     lines = f"""
         judge.py train --out {models}/mini-judge {n("", "--images 200 --iterations 4 --check 50")}
-        mini.py teacher --judge {models}/mini-judge --out {models}/mini-sd {n("", "--short")}
+        mini.py teacher --out {models}/mini-sd {n("", "--short")}
         scenes.py --captions {n(8192, 64)} --seed 1 --out {pairs}/captions.txt
         pairs.py --model {models}/mini-sd --prompts {pairs}/captions.txt --steps {n(10, 2)} --guidance {GUIDANCE} --out {pairs}/sd
         train_reflow.py --model {models}/mini-sd --pairs {pairs}/sd --out {models}/mini-2rf --iterations {n(900, 4)} --lr 1e-3 {STUDENT}
@@ -229,9 +227,8 @@ def main():
     parser = cli.Parser(__doc__)
     commands = parser.add_subparsers(required=True, parser_class=cli.Parser)
     teacher = commands.add_parser("teacher", doc=train_teacher.__doc__)
-    teacher.set_defaults(run=lambda args, world: train_teacher(args.out, args.judge, world))
+    teacher.set_defaults(run=lambda args, world: train_teacher(args.out, world))
     teacher.add_argument("--out", required=True, help="folder of the model")
-    teacher.add_argument("--judge", default=Path(__file__).parent / "models/mini-judge", help="folder of the judge, whose features the VAE's LPIPS compares; default: the shipped one")
     everything = commands.add_parser("all", doc="The whole pipeline from nothing: some hours of two CPU cores.")
     everything.set_defaults(run=run_all)
     everything.add_argument("--root", default="runs/mini", help="where models/ and pairs/ are made")

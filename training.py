@@ -136,7 +136,7 @@ def add_flags(parser):
 def recipe(args):
     """The settings that decide a run's result: a checkpoint made with others is another run's. (`iterations` do where the
     learning rate's schedule ends with them; else a run can be made longer.)"""
-    decisive = {"min_snr", "perceptual", "model", "pairs", "loss", "vgg", "linear", "lpips_size", "drop", "density", "scenes", "images", "batch", "lr", "warmup",
+    decisive = {"min_snr", "model", "pairs", "loss", "vgg", "linear", "lpips_size", "drop", "density", "scenes", "images", "batch", "lr", "warmup",
                 "cosine", "weight_decay", "clip", "ema", "kl", "seed", "float32"} | ({"iterations"} if getattr(args, "cosine", True) else set())
     return {k: v for k, v in vars(args).items() if k in decisive}
 
