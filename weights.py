@@ -97,11 +97,11 @@ def _one_line(path):
     except FileNotFoundError:
         raise UserError(f"{path} is missing; download or train the model again") from None
     except Exception as error:                             # a damaged pickle raises whatever it likes
-        reason = " ".join(str(error).split())
+        reason = re.sub(r"^Weights only load failed.*(WeightsUnpickler error:|trusted source\.) ", "", " ".join(str(error).split()))      # torch's advice is to run the code
         start = path.read_bytes()[:100] if path.is_file() and path.stat().st_size < 1000 else b""
         if start.startswith(b"version https://git-lfs"):
             raise UserError(f"{path} is a git-lfs pointer, not the weights; run `git lfs pull` where you cloned it") from None
-        unsafe = re.search(r"Unsupported global: GLOBAL (\S+)", reason)
+        unsafe = re.search(r"[uU]nsupported (?:global: )?GLOBAL (\S+)", reason)
         if unsafe:
             raise UserError(f"{path} holds a Python object, {unsafe[1]}, which could run code, so it is not read; get the weights as .safetensors") from None
         kind = "torch.save file" if path.suffix in PICKLES else "safetensors file"
