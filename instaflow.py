@@ -254,4 +254,8 @@ def told(path):
     index = path / "model_index.json"
     name = weights.read_json(index).get("_class_name") if index.exists() else None
     known = {"RectifiedFlowPipeline": "velocity", "StableDiffusionPipeline": "epsilon"}
+    scheduler = path / "scheduler" / "scheduler_config.json"
+    kind = weights.read_json(scheduler).get("prediction_type", "epsilon") if name == "StableDiffusionPipeline" and scheduler.exists() else "epsilon"
+    if kind != "epsilon":                                  # (what is left over in a RectifiedFlowPipeline's folder means nothing)
+        raise UserError(f"{scheduler} says that the U-Net predicts {kind}, which is neither noise nor the flow's velocity; this is another kind of model")
     return ({"prediction": known[name]}, index) if name in known else ({}, path)

@@ -48,7 +48,8 @@ class UNetConfig:
             raise ValueError("U-Net config: attention_head_dim and cross_attention_dim must be one number each (Stable Diffusion 2 and XL are other networks)")
         if len(made.down_block_types) != len(made.block_out_channels) or len(made.up_block_types) != len(made.block_out_channels):
             raise ValueError("U-Net config: block_out_channels, down_block_types and up_block_types differ in length")
-        if made.attention_head_dim < 1 or any(width % made.attention_head_dim for width in made.block_out_channels):
+        levels = [*zip(made.down_block_types, made.block_out_channels), *zip(made.up_block_types, reversed(made.block_out_channels)), ("CrossAttn", made.block_out_channels[-1])]
+        if made.attention_head_dim < 1 or any(width % made.attention_head_dim for kind, width in levels if kind.startswith("CrossAttn")):
             raise ValueError(f"U-Net config: attention_head_dim, the number of heads, is {made.attention_head_dim}, which does not divide block_out_channels")
         unknown = set(made.down_block_types + made.up_block_types) - {"CrossAttnDownBlock2D", "DownBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"}
         if unknown:

@@ -316,7 +316,7 @@ def save_single_file(path, unet, vae, text, info, dtype=None):
 
 def needed(listed, dtype=None):
     """Which of a hub repository's files a model needs: configs, and of each part's weights one spelling."""
-    files = [name for name in ("model_index.json", "instaflow.json") if name in listed]
+    files = [name for name in ("model_index.json", "instaflow.json", "scheduler/scheduler_config.json") if name in listed]
     for part in PARTS:
         inside = {name.removeprefix(part + "/") for name in listed if name.startswith(part + "/")}
         chosen = weight_file(inside, part, dtype)

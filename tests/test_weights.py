@@ -140,6 +140,22 @@ def test_fp16_variants(peers, model, tmp_path, sharded):
     assert {v.dtype for v in tensors_of(InstaFlow.load(folder, dtype=torch.float16)).values()} == {torch.float16}
 
 
+@pytest.mark.parametrize("kind", ["StableDiffusionPipeline", "RectifiedFlowPipeline"])
+def test_a_model_that_predicts_something_else_is_refused(copy, kind):
+    """Stable Diffusion's scheduler tells what it predicts; the one left over in a rectified flow's folder means nothing."""
+    (copy / "model_index.json").write_text(json.dumps({"_class_name": kind}))
+    (copy / "scheduler").mkdir()
+    (copy / "scheduler" / "scheduler_config.json").write_text('{"prediction_type": "epsilon"}')
+    assert InstaFlow.load(copy).info["prediction"] == {"StableDiffusionPipeline": "epsilon", "RectifiedFlowPipeline": "velocity"}[kind]
+    (copy / "scheduler" / "scheduler_config.json").write_text('{"prediction_type": "v_prediction"}')
+    if kind == "RectifiedFlowPipeline":
+        assert InstaFlow.load(copy).info["prediction"] == "velocity"
+    else:
+        with pytest.raises(UserError, match="scheduler_config.json says that the U-Net predicts v_prediction") as error:
+            InstaFlow.load(copy)
+        assert "\n" not in str(error.value)
+
+
 def test_weights_in_the_asked_dtype_stay_on_their_file(peers):
     """Memory-mapped: a tensor is the file's own bytes, and yet the file is never written to."""
     path = peers.path / "unet" / weights.UNET_FILE
@@ -584,7 +600,7 @@ def test_a_hub_name_that_cannot_be_fetched_is_one_line(hub, tmp_path):
 def test_which_files_of_a_repository_are_needed():
     listed = ["unet/config.json", "unet/diffusion_pytorch_model.safetensors.index.json", "unet/diffusion_pytorch_model-00001-of-00002.safetensors", "unet/diffusion_pytorch_model-00002-of-00002.safetensors",
               "unet/diffusion_pytorch_model.safetensors.index.fp16.json", "unet/diffusion_pytorch_model-00001-of-00001.fp16.safetensors", "vae/config.json", "vae/diffusion_pytorch_model.bin",
-              "text_encoder/config.json", "text_encoder/pytorch_model.bin", "text_encoder/model.fp16.safetensors", "model_index.json", "feature_extractor/preprocessor_config.json"]
+              "text_encoder/config.json", "text_encoder/pytorch_model.bin", "text_encoder/model.fp16.safetensors", "model_index.json", "feature_extractor/preprocessor_config.json", "scheduler/scheduler_config.json"]
     rest = ["vae/config.json", "vae/diffusion_pytorch_model.bin", "text_encoder/config.json", "text_encoder/model.fp16.safetensors"]
-    assert weights.needed(listed) == ["model_index.json", *[listed[i] for i in (0, 1, 2, 3)], *rest]
-    assert weights.needed(listed, torch.float16) == ["model_index.json", *[listed[i] for i in (0, 4, 5)], *rest]
+    assert weights.needed(listed) == ["model_index.json", "scheduler/scheduler_config.json", *[listed[i] for i in (0, 1, 2, 3)], *rest]
+    assert weights.needed(listed, torch.float16) == ["model_index.json", "scheduler/scheduler_config.json", *[listed[i] for i in (0, 4, 5)], *rest]
