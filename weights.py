@@ -338,7 +338,8 @@ def locate(path, dtype=None):
         return Path(path)
     from huggingface_hub import HfApi, snapshot_download   # here: it takes a second
     try:
-        return Path(snapshot_download(name, allow_patterns=needed(HfApi().list_repo_files(name), dtype)))
+        listed = [file.rfilename for file in HfApi().model_info(name).siblings]              # (list_repo_files waits half a minute for a lost connection)
+        return Path(snapshot_download(name, allow_patterns=needed(listed, dtype)))
     except Exception as error:                             # its own errors, httpx's or requests', OSError ...
         reason = (" ".join(str(error).split()) or type(error).__name__)[:200]
     try:

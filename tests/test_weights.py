@@ -4,7 +4,6 @@ import os
 import random
 import resource
 import shutil
-import subprocess
 import sys
 import threading
 import time
@@ -25,7 +24,6 @@ from instaflow import InstaFlow
 from unet import StackedUNet
 
 pytestmark = pytest.mark.usefixtures("plain_convolutions")
-ROOT = Path(__file__).resolve().parent.parent
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69d22eadbb8f32b1258daaa5e2ca24d17e2393\nsize 12345\n"
 
 
@@ -544,22 +542,23 @@ class Hub(BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def hub(tmp_path):
-    """ask(name, dtype, online): where a fresh process finds `name`, on a hub with Hub.folder's files."""
+def hub(tmp_path, monkeypatch):
+    """ask(name, dtype, online): where `name` is found, on a hub with the files of tmp_path/repository and with a cache of its own."""
+    from huggingface_hub import constants
     Hub.folder, Hub.asked = tmp_path / "repository", []
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
 
-    def ask(name="some/model", dtype="float32", online=True, endpoint=None):
-        code = (f"import sys, torch; sys.path.insert(0, {str(ROOT)!r})\n"
-                "import weights\nfrom cli import UserError\n"
-                f"try:\n    print(weights.locate({name!r}, torch.{dtype}))\n"
-                "except UserError as error:\n    print('one line:', error)")
-        env = os.environ | {"HF_HUB_OFFLINE": "0" if online else "1", "HF_ENDPOINT": endpoint or f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path / "cache"),
-                            "HF_HUB_DISABLE_XET": "1", "OMP_NUM_THREADS": "1", "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1", "HF_HUB_DISABLE_TELEMETRY": "1"}
-        done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
-        assert done.returncode == 0, done.stderr
-        return done.stdout.strip()
+    def ask(name="some/model", dtype=torch.float32, online=True, endpoint=None):
+        url = endpoint or f"http://127.0.0.1:{server.server_port}"
+        for key, value in {"ENDPOINT": url, "HUGGINGFACE_CO_URL_TEMPLATE": url + "/{repo_id}/resolve/{revision}/{filename}", "HF_HUB_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": not online, "HF_HUB_DISABLE_XET": True}.items():
+            monkeypatch.setattr(constants, key, value)
+        try:
+            return str(weights.locate(name, dtype))
+        except UserError as error:
+            return f"one line: {error}"
     yield ask
     server.shutdown()
 
@@ -578,7 +577,7 @@ def test_a_hub_name_is_fetched_once_and_only_what_is_needed(hub, peers, model, t
                               "text_encoder/config.json", "text_encoder/model.safetensors"}
     assert hub(online=False) == found                      # its cache, off-line
     assert hub(endpoint="http://127.0.0.1:9") == found     # nobody answers there
-    assert hub(dtype="float16") == found
+    assert hub(dtype=torch.float16) == found
     assert "unet/diffusion_pytorch_model.fp16.safetensors" in Hub.asked
 
 
