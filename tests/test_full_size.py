@@ -97,15 +97,21 @@ THEIRS = ("from diffusers import AutoencoderKL, UNet2DConditionModel; from trans
           "CLIPTextModel.from_pretrained({folder!r} + '/text_encoder', dtype=torch.float16)]\nparameters = [p for x in m for p in x.parameters()]")
 
 
-@pytest.mark.slow
-def test_a_float16_set_loads_lean_and_fast(tmp_path):
-    """Peak resident memory less that after imports is at most 1.15 x the weights, every page read; time is at most 1.05 x diffusers'."""
-    for kind, config, part, file in zip((UNet, VAE, TextTower), CONFIGS["sd15"], weights.PARTS, (weights.UNET_FILE, weights.VAE_FILE, weights.TEXT_FILE)):
+def float16_parts():
+    """U-Net, VAE and text tower of Stable Diffusion's size in float16, one after the other."""
+    for i, (kind, config) in enumerate(zip((UNet, VAE, TextTower), CONFIGS["sd15"])):
         with torch.device("meta"):
             module = kind(config).half()
         module.to_empty(device="cpu").requires_grad_(False)
-        for p in module.parameters():
-            p.fill_(0.01)
+        for n, p in enumerate(module.parameters()):
+            p.fill_(0.01 * (i + 1) + 1e-4 * (n % 50))
+        yield module
+
+
+@pytest.mark.slow
+def test_a_float16_set_loads_lean_and_fast(tmp_path):
+    """Peak resident memory less that after imports is at most 1.15 x the weights, every page read; time is at most 1.05 x diffusers'."""
+    for module, part, file in zip(float16_parts(), weights.PARTS, (weights.UNET_FILE, weights.VAE_FILE, weights.TEXT_FILE)):
         weights.save_module(module, tmp_path / part, file)
         del module
     (tmp_path / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
@@ -124,6 +130,23 @@ def test_a_float16_set_loads_lean_and_fast(tmp_path):
     print(f"\nours {seconds:.2f} s, diffusers {others:.2f} s; peak {memory:.3f} x {ours[0][2] / 1e9:.2f} GB (theirs {max(x[1] for x in theirs) / theirs[0][2]:.3f})")
     assert ours[0][2] > 2.1e9 and memory <= 1.15
     assert seconds <= 1.05 * others
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("suffix", [".safetensors", ".ckpt"])
+def test_a_single_file_of_stable_diffusions_size(tmp_path, suffix):
+    """As v1-5-pruned-emaonly is: it says nothing of its sizes, which are Stable Diffusion 1.5's."""
+    from safetensors.torch import load_file, save_file
+    unet, vae, text = float16_parts()
+    weights.save_single_file(tmp_path / "told.safetensors", unet, vae, text, {"prediction": "velocity"})
+    tensors = load_file(tmp_path / "told.safetensors")
+    assert len(tensors) == 686 + 248 + 196
+    (save_file if suffix == ".safetensors" else torch.save)(tensors if suffix == ".safetensors" else {"state_dict": tensors}, tmp_path / f"m{suffix}")
+    del tensors
+    model = InstaFlow.load(tmp_path / f"m{suffix}", dtype=torch.float16, prediction="epsilon")
+    for got, wanted in ((model.unet, unet), (model.vae, vae), (model.text, text)):
+        wanted = wanted.state_dict()
+        assert got.config == dict(zip((UNet, VAE, TextTower), CONFIGS["sd15"]))[type(got)] and all(torch.equal(v, wanted[k]) for k, v in got.state_dict().items())
 
 
 @pytest.mark.slow
