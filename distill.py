@@ -2,11 +2,13 @@
 
     python distill.py --model models/mini-2rf --pairs pairs/2rf --out models/mini-instaflow-l2
     python distill.py --model models/mini-instaflow-l2 --pairs pairs/2rf --out models/mini-instaflow --loss lpips --vgg vgg16.pth
+    python distill.py --model models/mini-2rf --pairs pairs/2rf --out models/mini-1.7b --stacked         # into two U-Nets in series
     torchrun --nproc-per-node 8 distill.py ...                                                          # one node
     torchrun --nnodes 4 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 distill.py ...
 
 First L2 between latents, then LPIPS between decoded images, as in the paper. With Stable Diffusion itself as --model,
-and its pairs, this is the baseline: direct distillation. Run the same line again and it goes on where it was.
+and its pairs, this is the baseline: direct distillation. InstaFlow-1.7B is --stacked: both halves start as the 2-rectified
+flow; its LPIPS stage takes the stacked L2 student, which stays stacked. Run the same line again and it goes on where it was.
 """
 import copy
 
@@ -19,6 +21,7 @@ from cli import UserError
 from instaflow import PROMPTS, InstaFlow, grid, timestep
 from lpips import LPIPS
 from pairs import PairDataset
+from unet import StackedUNet
 
 
 def image_losses(student, target, model, distance, size):
@@ -41,6 +44,7 @@ def main():
     parser.add_argument("--vgg", help="for lpips: VGG16's weights (torchvision's file), or the judge's")
     parser.add_argument("--linear", help="for lpips: the lpips package's weights of layers (default: all channels alike)")
     parser.add_argument("--lpips-size", type=cli.seed, default=224, help="pixels a side that LPIPS sees; 0 leaves images as they are")
+    parser.add_argument("--stacked", action="store_true", help="the student is two U-Nets in series (InstaFlow-1.7B); a stacked --model stays so")
     training.add_flags(parser)
     args = parser.parse_args()
     if args.loss == "lpips" and not args.vgg:
@@ -52,6 +56,8 @@ def main():
     data, model = PairDataset(args.pairs), InstaFlow.load(args.model, world.device)
     data.check(model)
     distance = LPIPS(args.vgg, args.linear).to(world.device) if args.loss == "lpips" else None
+    if args.stacked and not model.unet.config.stacked:
+        model.unet = StackedUNet.from_unet(model.unet)
     unet = model.unet.requires_grad_(True)
     ema, optimizer, net = copy.deepcopy(unet).eval(), training.adamw(unet, args.lr, args.weight_decay), training.distributed(unet.train(), world)
     info = {"prediction": "velocity", "sampler": "euler", "steps": 1, "guidance": 1.0, "trained_steps": [1], "pairs": data.info}

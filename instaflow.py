@@ -61,31 +61,34 @@ class InstaFlow:
             raise UserError(f"the U-Net takes {unet.config.in_channels} channels and the VAE's latents have {vae.config.latent_channels}: they are of two models, or it is an inpainting model")
         if self.info["sampler"] not in SAMPLERS:
             raise UserError(f"sampler is {self.info['sampler']!r}; it must be one of {', '.join(SAMPLERS)}")
+        if type(self.info["steps"]) is not int or self.info["steps"] < 1 or type(self.info["guidance"]) not in (int, float):
+            raise UserError(f"steps is {self.info['steps']!r} and guidance {self.info['guidance']!r}; they must be a whole number of at least 1 and a number")
         self.schedule = diffusion.Schedule.stable_diffusion()
 
     # --- on disk ---
 
     @classmethod
     def load(cls, path, device="cpu", dtype=torch.float32, prediction=None):
-        """A model folder. prediction ("velocity" | "epsilon") is needed only where neither instaflow.json nor
-        model_index.json tells it. Raises UserError (a ValueError) in one line that names the file and the mend."""
-        path = Path(path)
-        if not path.is_dir():
-            raise UserError(f"{path}: no such model folder; a model is a folder with unet/, vae/, text_encoder/ and instaflow.json")
-        if (path / "instaflow.json").exists():
-            info = weights.read_json(path / "instaflow.json")
-            if prediction and info.setdefault("prediction", prediction) != prediction:
-                raise UserError(f"{path}/instaflow.json says that the U-Net predicts {info['prediction']}, not {prediction}; leave out the prediction")
+        """A model folder, a single .safetensors or .ckpt file, or a hub name (owner/name). prediction ("velocity" | "epsilon") is
+        needed only where neither instaflow.json nor model_index.json tells it: it is never guessed. dtype None keeps each
+        tensor's own. Raises UserError (a ValueError) in one line that names the file and the mend."""
+        local = weights.locate(path, dtype)
+        info, where = told(local)
+        if prediction and info.setdefault("prediction", prediction) != prediction:
+            raise UserError(f"{where} says that the U-Net predicts {info['prediction']}, not {prediction}; leave out the prediction")
+        if "prediction" not in info:
+            raise UserError(f"{path} does not say what its U-Net predicts (no instaflow.json, and no model_index.json of a class known here); say prediction velocity or epsilon")
+        base = local / info["base"] if isinstance(info.get("base"), str) else local
+        if local.is_file():
+            modules, base = weights.load_single_file(local, dtype), None
+        elif base.is_dir():
+            modules = weights.load_unet(local / "unet", dtype), weights.load_vae(base / "vae", dtype), weights.load_text(base / "text_encoder", dtype)
         else:
-            info = {"prediction": prediction or _prediction_of(path)}
-        base = path / info["base"] if "base" in info else path
-        if not base.is_dir():
-            raise UserError(f"{path}/instaflow.json says that VAE and text tower lie in {base}, which is no folder; put that model there")
-        modules = weights.load_unet(path / "unet"), weights.load_vae(base / "vae"), weights.load_text(base / "text_encoder")
+            raise UserError(f"{where} says that VAE and text tower lie in {base}, which is no folder; put that model there")
         try:
-            return cls(*modules, info, base).to(device, dtype)
+            return cls(*modules, info, base if local == Path(path) else None).to(device, dtype)      # no model should lean on the hub's cache
         except UserError as error:
-            raise UserError(f"{path / 'instaflow.json'}: {error}") from None
+            raise UserError(f"{where}: {error}") from None
 
     @classmethod
     def random(cls, config, seed=0):
@@ -100,8 +103,11 @@ class InstaFlow:
 
     def save(self, path, self_contained=False, dtype=None):
         """Write the folder. VAE and text tower are written too where they came from no folder or self_contained is set;
-        else instaflow.json points at theirs. dtype: of the weights on disk, None their own."""
+        else instaflow.json points at theirs. A path that ends in .safetensors becomes one file in the ldm layout, which the
+        usual programs read. dtype: of the weights on disk, None their own."""
         path, info = Path(path), {k: v for k, v in self.info.items() if k != "base"}
+        if path.suffix == ".safetensors":
+            return weights.save_single_file(path, self.unet, self.vae, self.text, info, dtype)
         weights.save_module(self.unet, path / "unet", weights.UNET_FILE, dtype)
         if self.base is None or self_contained or self.base.resolve() == path.resolve():
             weights.save_module(self.vae, path / "vae", weights.VAE_FILE, dtype)
@@ -166,6 +172,18 @@ class InstaFlow:
             raise UserError(f"steps is {steps}; sampler {sampler} takes at most 999")
         return SAMPLERS[sampler](flows.guided(self.unet, context, null, alpha), x0, steps, self.schedule)
 
+    @torch.no_grad()
+    def solve_from(self, start, x0, latents, context, null, steps=None, guidance=None):
+        """Picture to picture: from the flow's middle, (1 - start) noise + start latents, on to its end -> latents [B, 4, h, w].
+        start in [0, 1] is the flow time: 0 forgets the picture, 1 keeps it. Euler's (or Heun's) steps, as many of `steps` as fall
+        between start and 1. A noise predictor is followed as the velocity that it is equal to, guidance too: it is linear."""
+        steps = max(1, round((1 - start) * (self.info["steps"] if steps is None else steps)))
+        alpha = self.info["guidance"] if guidance is None else guidance
+        v = flows.guided(self.velocity, context, null, alpha)
+        x = flows.interpolate(x0, latents, torch.full((len(x0),), start, device=x0.device))
+        solver = flows.heun if self.info["sampler"] == "heun" else flows.euler
+        return solver(lambda z, s: (1 - start) * v(z, start + (1 - start) * s), x, steps)    # s in [0, 1] runs over the times left
+
     def latents(self, prompts, steps=None, guidance=None, seed=0, first=0, negative="", height=None, width=None):
         """-> scaled latents [B, 4, h, w] of list[str]; picture i starts from noise(0, seed, first + i). A str is a ValueError."""
         if isinstance(prompts, str) or not prompts:
@@ -183,9 +201,16 @@ class InstaFlow:
             print(f"warning: this model was distilled for {most} step{'s' * (most > 1)}; with {steps} its pictures get worse, not better", file=sys.stderr)
 
     @torch.no_grad()
-    def decode(self, latents):
-        """Scaled latents [B, 4, h, w] -> images [B, 3, H, W], float32 in [-1, 1]."""
-        return self.vae.decode(latents / self.scale).float().clamp(-1, 1)
+    def encode(self, images):
+        """Images [B, 3, H, W] in [-1, 1] -> scaled latents [B, 4, h, w], the means of the encoder's distributions."""
+        return self.vae.encode(images.to(self.device, next(self.vae.parameters()).dtype))[0] * self.scale
+
+    @torch.no_grad()
+    def decode(self, latents, tile=None):
+        """Scaled latents [B, 4, h, w] -> images [B, 3, H, W], float32 in [-1, 1]. tile: latents a side that are decoded at a
+        time (`VAE.decode_tiled`: less memory, and not quite the same picture); None decodes whole."""
+        latents = latents / self.scale
+        return (self.vae.decode_tiled(latents, tile) if tile else self.vae.decode(latents)).float().clamp(-1, 1)
 
     def generate(self, prompts, steps=None, guidance=None, seed=0, first=0, negative="", height=None, width=None):
         """list[str] -> list of PIL images; None means instaflow.json's. Picture i starts from noise(0, seed, first + i)."""
@@ -217,11 +242,20 @@ def grid(rows, labels=None, columns=None, side=192):
     return sheet
 
 
-def _prediction_of(path):
-    """What model_index.json's class name says. Never guessed."""
+def told(path):
+    """instaflow.json's fields, as far as a folder or single file tells them, and the path that does. Without an instaflow.json,
+    model_index.json's class name says what the U-Net predicts. Raises UserError."""
+    if path.is_file():
+        return weights.facts(path).get("info", {}), path
+    if not path.is_dir():
+        raise UserError(f"{path}: no such model folder; a model is a folder with unet/, vae/, text_encoder/ and instaflow.json, a .safetensors or .ckpt file, or a hub name")
+    if (path / "instaflow.json").exists():
+        return weights.read_json(path / "instaflow.json"), path / "instaflow.json"
     index = path / "model_index.json"
-    known = {"RectifiedFlowPipeline": "velocity", "StableDiffusionPipeline": "epsilon"}
     name = weights.read_json(index).get("_class_name") if index.exists() else None
-    if name not in known:
-        raise UserError(f"{path} does not say what its U-Net predicts (no instaflow.json, and model_index.json's class is {name}); say prediction velocity or epsilon")
-    return known[name]
+    known = {"RectifiedFlowPipeline": "velocity", "StableDiffusionPipeline": "epsilon"}
+    scheduler = path / "scheduler" / "scheduler_config.json"
+    kind = weights.read_json(scheduler).get("prediction_type", "epsilon") if name == "StableDiffusionPipeline" and scheduler.exists() else "epsilon"
+    if kind != "epsilon":                                  # (what is left over in a RectifiedFlowPipeline's folder means nothing)
+        raise UserError(f"{scheduler} says that the U-Net predicts {kind}, which is neither noise nor the flow's velocity; this is another kind of model")
+    return ({"prediction": known[name]}, index) if name in known else ({}, path)

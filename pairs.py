@@ -20,9 +20,9 @@ from tqdm import tqdm
 import cli
 import flows
 import training
+import weights
 from cli import UserError
 from instaflow import InstaFlow
-from weights import UNET_FILE
 
 STREAM = 1                                                 # sampling and evaluation have stream 0
 
@@ -138,8 +138,7 @@ def main():
     args.steps = args.steps or model.info["steps"]
     args.guidance = model.info["guidance"] if args.guidance is None else args.guidance
     number = args.number or len(prompts)
-    weights_crc = zlib.crc32((Path(args.model) / "unet" / UNET_FILE).read_bytes())     # the same folder may be trained again
-    info = {"model": args.model, "weights": weights_crc, "sampler": model.info["sampler"], "steps": args.steps, "guidance": args.guidance, "number": number,
+    info = {"model": args.model, "weights": weights.checksum(weights.locate(args.model)), "sampler": model.info["sampler"], "steps": args.steps, "guidance": args.guidance, "number": number,
             "shard": args.shard, "seed": args.seed, "prompts": zlib.crc32("\n".join(prompts).encode())}
     first = next(iter(sorted(Path(args.out).glob("shard-*.safetensors"))), None)
     if first and (old := json.loads(open_shard(first).metadata()["json"])) != info:

@@ -6,18 +6,30 @@
     python sample.py --compare "a red circle left of a blue square" "a small yellow star"
     python sample.py --interpolate 3 8 "a purple diamond above a cyan cross"
 
+At full size, from Stable Diffusion 1.x's weights in any spelling (README.md says where they are):
+
+    python sample.py --model stable-diffusion-v1-5/stable-diffusion-v1-5 "a photo of a lighthouse at dusk"          # 25 steps, guidance 7.5
+    python sample.py --model v1-5-pruned-emaonly.safetensors --prediction epsilon --dtype bfloat16 "a lighthouse"
+    python sample.py --model XCLiu/2_rectified_flow_from_sd_1_5 "a lighthouse"                                      # 25 steps, guidance 1.5
+    python sample.py --model XCLiu/instaflow_0_9B_from_sd_1_5 --steps 1 --guidance 1 "a lighthouse"
+    python sample.py --model 2rf --lora style.safetensors:0.8 --image photo.jpg --strength 0.6 "a lighthouse"
+    python sample.py --random-weights sd15 --steps 1 "noise"                                                        # no download: does it run?
+
 One picture goes to --out. Several go beside it, numbered, and --out itself shows them all, labelled. Prompt, seed, model
 and steps are in each PNG's metadata.
 """
+import argparse
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
 import cli
-import flows
+import lora
 from cli import UserError
 from instaflow import InstaFlow, grid, to_pil
 
@@ -49,21 +61,58 @@ class Clock(dict):
 def pictures(model, prompts, noise, args, steps=None, clock=None):
     """One picture a prompt, from noise [B, 4, h, w], `args.batch` at a time -> list of PIL images."""
     clock, out = Clock() if clock is None else clock, []                     # an empty one is False
+    first = clock("encoder", model.encode, picture(args.image, noise, model.vae.config.factor)) if args.image else None
+    tile = tile_side(args.tile, model.vae.config.factor)
     for i in range(0, len(prompts), args.batch):
-        text = clock("text", model.text, [*prompts[i:i + args.batch], args.negative])
-        latents = clock("U-Net", model.solve, noise[i:i + args.batch], text[:-1], text[-1:], steps, args.guidance)
-        out += to_pil(clock("decoder", model.decode, latents))
+        text, x0 = clock("text", model.text, [*prompts[i:i + args.batch], args.negative]), noise[i:i + args.batch]
+        if args.image:
+            latents = clock("U-Net", model.solve_from, 1 - args.strength, x0, first.expand_as(x0), text[:-1], text[-1:], steps, args.guidance)
+        else:
+            latents = clock("U-Net", model.solve, x0, text[:-1], text[-1:], steps, args.guidance)
+        out += to_pil(clock("decoder", model.decode, latents, tile))
     return out
 
 
+def picture(path, noise, factor):
+    """The picture at `path`, scaled and centre-cropped to the size that noise [B, 4, h, w] makes -> [1, 3, H, W] in [-1, 1]."""
+    try:
+        with Image.open(path) as image:
+            image = ImageOps.exif_transpose(image).convert("RGB")
+    except FileNotFoundError:
+        raise UserError(f"--image {path}: no such file") from None
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UserError(f"--image {path} is no picture that Pillow reads ({error})") from None
+    image = ImageOps.fit(image, (noise.shape[3] * factor, noise.shape[2] * factor), Image.Resampling.LANCZOS)
+    return torch.from_numpy(np.array(image, dtype=np.float32)).permute(2, 0, 1)[None] / 127.5 - 1
+
+
+def tile_side(pixels, factor):
+    """--tile in latents. Raises UserError."""
+    if pixels and (pixels % factor or pixels < 8 * factor):
+        raise UserError(f"--tile is {pixels}; it must be a multiple of {factor}, and at least {8 * factor}")
+    return pixels and pixels // factor
+
+
 def load(path, args, steps):
-    model = InstaFlow.load(path, args.device, args.dtype, args.prediction)
+    """The model that the flags ask for, with its LoRAs."""
+    if args.random_weights:
+        print(f"WARNING: RANDOM WEIGHTS OF THE SIZE {args.random_weights}: EVERY PICTURE IS NOISE. This only shows that it runs.", file=sys.stderr)
+        model = InstaFlow.random(args.random_weights).to(args.device, args.dtype)
+    else:
+        model = InstaFlow.load(path, args.device, args.dtype, args.prediction)
+    for file, scale in args.lora:
+        lora.load_lora(model, file, scale)
     model.check_steps(steps)
+    if args.image and model.info.get("trained_steps"):
+        print("warning: this model was distilled to go from noise to picture at once; from a picture (--image) it blurs: use the model it was distilled from", file=sys.stderr)
     return model
 
 
-def write_png(image, path, **facts):
+def write_png(image, path, args, **facts):
+    """With what it was made from in its metadata."""
     info = PngInfo()
+    facts |= {"lora": args.lora} if args.lora else {}
+    facts |= {"image": args.image, "strength": args.strength} if args.image else {}
     for key, value in facts.items():
         info.add_itxt(key, str(value).encode("utf-8", "replace").decode())
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -79,6 +128,15 @@ def precision(name, device):
     return getattr(torch, name)
 
 
+def lora_and_scale(text):
+    """An argparse type: FILE or FILE:SCALE."""
+    file, _, scale = text.rpartition(":")
+    try:
+        return (file, cli.number()(scale)) if file and not Path(text).exists() else (text, 1.0)
+    except argparse.ArgumentTypeError:
+        return text, 1.0                                   # a colon of the path's own
+
+
 def arguments():
     parser = cli.Parser(__doc__)
     add = parser.add_argument
@@ -89,13 +147,19 @@ def arguments():
     add("--steps", type=cli.positive, help="of the sampler (default: the model's own)")
     add("--guidance", type=cli.number(), help="strength of the prompt (default: the model's own; 1 is none)")
     add("--negative", default="", help="the prompt that guidance leads away from")
-    add("--model", default=str(HERE / "mini-instaflow"), help="a model folder")
-    add("--prediction", choices=("velocity", "epsilon"), help="of a folder that does not say it itself")
+    add("--model", help="a model folder, a single .safetensors or .ckpt file of Stable Diffusion 1.x's, or a hub name (default: the shipped miniature)")
+    add("--prediction", choices=("velocity", "epsilon"), help="of a folder or file that does not say it itself: Stable Diffusion predicts epsilon (noise)")
+    add("--random-weights", choices=("sd15", "stacked"), help="no model at all: random weights of that size, to see whether it runs. Pictures are noise")
+    add("--lora", type=lora_and_scale, action="append", default=[], metavar="FILE[:SCALE]", help="a LoRA to merge in; may be given several times")
+    add("--image", type=Path, metavar="FILE", help="start from this picture in the flow's middle, not from noise")
+    add("--strength", type=cli.number(0, 1), default=0.6, help="with --image: how much of the way is gone anew; 1 forgets the picture")
     add("--device", type=cli.device, default="cuda" if torch.cuda.is_available() else "cpu")
     add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     add("--height", type=cli.positive, help="in pixels (default: what the model was trained on)")
     add("--width", type=cli.positive, help="in pixels")
     add("--batch", type=cli.positive, default=16, help="pictures at a time")
+    add("--tile", type=cli.positive, nargs="?", const=512, metavar="PIXELS", help="decode in tiles of so many pixels a side (alone: 512), blended: less memory, but not "
+        "quite the same picture, since norms and attention see one tile")
     add("--out", type=Path, default=Path("out.png"))
     add("--interpolate", type=cli.seed, nargs=2, metavar="SEED", help="a strip of --frames pictures between two seeds' noises")
     add("--frames", type=cli.positive, default=8)
@@ -108,6 +172,12 @@ def arguments():
         parser.error('no prompt; say what to draw, as in: sample.py "a red circle left of a blue square"')
     if args.compare and args.interpolate:
         parser.error("--compare and --interpolate are two different pictures; ask for one of them")
+    if args.random_weights and (args.model is not None or args.compare):
+        parser.error("--random-weights stands in place of a model; leave out --model and --compare")
+    if args.image and args.interpolate:
+        parser.error("--image starts from a picture and --interpolate from noise; ask for one of them")
+    if args.model is None:
+        args.model = args.random_weights or str(HERE / "mini-instaflow")
     if args.out.suffix.lower() != ".png":
         parser.error(f"--out {args.out}: pictures are written as PNG; name a .png file")
     args.dtype = precision(args.dtype, args.device)
@@ -120,11 +190,11 @@ def compare(args):
         path, _, steps = item.rpartition(":")
         if not path or not steps.isdigit() or int(steps) < 1:
             raise UserError(f"--compare {item}: write MODEL:STEPS, as in models/mini-sd:25")
-        model = load(path if Path(path).exists() else HERE / path, args, int(steps))
+        model = load(HERE / path if (HERE / path).exists() and not Path(path).exists() else path, args, int(steps))
         noise = model.noise(args.seed, 0, len(prompts), args.height, args.width)
         rows.append(pictures(model, prompts, noise, args, int(steps)))
         labels.append(f"{Path(path).name}\n{steps} step{'s' * (int(steps) > 1)}")
-    write_png(grid(rows, labels, prompts), args.out, prompt=prompts, seed=args.seed, compare=args.compare)
+    write_png(grid(rows, labels, prompts), args.out, args, prompt=prompts, seed=args.seed, compare=args.compare)
 
 
 def interpolate(args):
@@ -132,7 +202,7 @@ def interpolate(args):
     ends = [model.noise(seed, 0, 1, args.height, args.width)[0] for seed in args.interpolate]
     noise = slerp(*ends, args.frames)
     rows = [pictures(model, [prompt] * args.frames, noise, args, args.steps) for prompt in args.prompt]
-    write_png(grid(rows, args.prompt, side=128), args.out, prompt=args.prompt, interpolate=args.interpolate, model=args.model, steps=args.steps or model.info["steps"])
+    write_png(grid(rows, args.prompt, side=128), args.out, args, prompt=args.prompt, interpolate=args.interpolate, model=args.model, steps=args.steps or model.info["steps"])
 
 
 def main():
@@ -146,11 +216,11 @@ def main():
     images = pictures(model, prompts, model.noise(args.seed, 0, len(prompts), args.height, args.width), args, steps, clock)
     for i, (image, prompt) in enumerate(zip(images, prompts)):
         path = args.out if len(images) == 1 else args.out.with_stem(f"{args.out.stem}-{i:03d}")
-        write_png(image, path, prompt=prompt, negative=args.negative, seed=args.seed, index=i, model=args.model, steps=steps, guidance=guidance)
+        write_png(image, path, args, prompt=prompt, negative=args.negative, seed=args.seed, index=i, model=args.model, steps=steps, guidance=guidance)
     if len(images) > 1:
         rows = [images[i:i + args.num] for i in range(0, len(images), args.num)] if args.num > 1 else [images]
         labelled = grid(rows, args.prompt) if args.num > 1 else grid(rows, None, prompts)
-        write_png(labelled, args.out, prompt=args.prompt, seed=args.seed, model=args.model, steps=steps, guidance=guidance)
+        write_png(labelled, args.out, args, prompt=args.prompt, seed=args.seed, model=args.model, steps=steps, guidance=guidance)
     print(f"{len(images)} picture{'s' * (len(images) > 1)}, {steps} step{'s' * (steps > 1)}: " + ", ".join(f"{k} {1000 * v:.0f} ms" for k, v in clock.items()))
 
 

@@ -48,6 +48,9 @@ class UNetConfig:
             raise ValueError("U-Net config: attention_head_dim and cross_attention_dim must be one number each (Stable Diffusion 2 and XL are other networks)")
         if len(made.down_block_types) != len(made.block_out_channels) or len(made.up_block_types) != len(made.block_out_channels):
             raise ValueError("U-Net config: block_out_channels, down_block_types and up_block_types differ in length")
+        levels = [*zip(made.down_block_types, made.block_out_channels), *zip(made.up_block_types, reversed(made.block_out_channels)), ("CrossAttn", made.block_out_channels[-1])]
+        if made.attention_head_dim < 1 or any(width % made.attention_head_dim for kind, width in levels if kind.startswith("CrossAttn")):
+            raise ValueError(f"U-Net config: attention_head_dim, the number of heads, is {made.attention_head_dim}, which does not divide block_out_channels")
         unknown = set(made.down_block_types + made.up_block_types) - {"CrossAttnDownBlock2D", "DownBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"}
         if unknown:
             raise ValueError(f"U-Net config: unknown block {sorted(unknown)[0]}")
@@ -306,12 +309,12 @@ class StackedUNet(nn.Module):
     @classmethod
     def from_unet(cls, unet):
         """Both halves start as copies of `unet`."""
-        config = type(unet.config)(**{**unet.config.__dict__, "stacked": True})
-        stacked = cls(config).to(next(unet.parameters()))
+        with torch.device("meta"):
+            stacked = cls(type(unet.config)(**{**unet.config.__dict__, "stacked": True}))
         weights = unet.state_dict()
-        for name, half in (("first", stacked.first), ("second", stacked.second)):
-            half.load_state_dict({k: weights[k] for k in half.state_dict()})
-        return stacked
+        for half in (stacked.first, stacked.second):
+            half.load_state_dict({k: weights[k].clone() for k in half.state_dict()}, assign=True)
+        return stacked.train(unet.training)
 
     def forward(self, x, timestep, context):
         x = self.first.trunk(self.first.conv_in(x), timestep, context)

@@ -180,3 +180,33 @@ class VAE(nn.Module):
 
     def decode(self, latent):
         return self.decoder(self.post_quant_conv(latent))
+
+    def decode_tiled(self, latent, tile=64):
+        """As `decode`, in tiles of tile x tile latents that overlap by a quarter and are blended linearly: memory is a tile's, whatever
+        the picture's size. It is not the same picture: every tile has its own GroupNorm statistics and attends to itself alone."""
+        h, w = latent.shape[2:]
+        if h <= tile and w <= tile:
+            return self.decode(latent)
+        overlap, f = tile // 4, self.config.factor
+
+        def windows(size):
+            """Where tiles start, and of each its weights along this axis [f tile]: they rise and fall over the overlaps."""
+            side = min(tile, size)
+            starts = [*range(0, size - side, side - overlap), size - side]
+            ramp = torch.linspace(0, 1, f * overlap + 2)[1:-1]
+            for i, start in enumerate(starts):
+                weight = torch.ones(f * side)
+                if i:
+                    weight[:len(ramp)] = ramp
+                if i < len(starts) - 1:
+                    weight[len(weight) - len(ramp):] = ramp.flip(0)
+                yield start, side, weight
+        image = torch.zeros(len(latent), self.config.out_channels, f * h, f * w)             # on the CPU, float32
+        total = torch.zeros(f * h, f * w)
+        for top, high, down in windows(h):
+            for left, wide, across in windows(w):
+                weight = down[:, None] * across                                              # [f high, f wide]
+                part = (..., slice(f * top, f * (top + high)), slice(f * left, f * (left + wide)))
+                image[part] += weight * self.decode(latent[..., top:top + high, left:left + wide]).float().cpu()
+                total[part] += weight
+        return (image / total).to(latent.device)

@@ -1,25 +1,49 @@
-"""Weights on disk, to and from the modules: folders in the diffusers layout (config.json and safetensors).
+"""Weights on disk, in each spelling the field uses, to and from the modules.
 
-U-Net and VAE need no renaming: their attribute names are the layout's key paths. The text tower is open_clip's, whose
-query, key and value weights are one tensor, so it alone is renamed. Every key is used and every shape is equal, or
-it is a UserError that names the file and the key.
+    folders       the diffusers layout: unet/, vae/, text_encoder/, each config.json and weights, as .safetensors or .bin, whole or
+                  in shards with an index, with or without `.fp16.` in the name
+    single files  the ldm layout, as .safetensors or .ckpt, with or without EMA
+    hub names     owner/name, a folder that huggingface_hub fetches, or has in its cache
+
+Every key is used, every shape is equal and every dtype is floating point, or it is a UserError that names the file and the
+key. A pickle that could run code is never loaded. Files are memory-mapped, and weights that are in the asked dtype stay
+where they are on disk until they are used: they are changed in memory only, and a file must not be overwritten in place
+meanwhile (writing a new one and renaming it, as `training.write` does, is well).
 """
 import json
 import re
+import zipfile
+import zlib
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
+import names
 import training
 from cli import UserError
+from names import text_from_transformers, text_to_transformers
 from text import TextConfig, TextTower
 from unet import StackedUNet, UNet, UNetConfig
 from vae import VAE, VAEConfig
 
 UNET_FILE = VAE_FILE = "diffusion_pytorch_model.safetensors"
 TEXT_FILE = "model.safetensors"
+PARTS = ("unet", "vae", "text_encoder")
+PICKLES = (".ckpt", ".bin", ".pt", ".pth")
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
+# What a single file may hold beside the weights: its average, the noise schedule, the trainer's loss and counters.
+_DROPPED = re.compile(r"model_ema\..*|first_stage_model\.loss\..*|.*\.position_ids|(sqrt_(one_minus_|recip_|recipm1_)?|log_one_minus_)?alphas_cumprod(_prev)?"
+                      r"|betas|posterior_(variance|log_variance_clipped|mean_coef[12])|logvar|lvlb_weights|scale_factor|cond_stage_model\.(logit_scale|text_projection)")
+# By which key one knows a file of something else.
+_OTHERS = {"conditioner.embedders.": "a Stable Diffusion XL file", "cond_stage_model.model.": "a Stable Diffusion 2 file", "model.diffusion_model.joint_blocks.": "a Stable Diffusion 3 file",
+           "model.diffusion_model.double_blocks.": "a Flux file", "double_blocks.": "a Flux file", "control_model.": "a ControlNet", "lora_": "a LoRA (give it as --lora)",
+           "unet.": "a LoRA (give it as --lora)", "down_blocks.": "one part of a diffusers folder (name that folder)", "decoder.": "a VAE alone"}
+
+
+# --- files ---
 
 def read_json(path):
     """A JSON file as a dict. Raises UserError."""
@@ -27,69 +51,200 @@ def read_json(path):
         value = json.loads(Path(path).read_text())
     except FileNotFoundError:
         raise UserError(f"{path} is missing; download or train the model again") from None
-    except (ValueError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not JSON ({error}); download or train the model again") from None
     if not isinstance(value, dict):
         raise UserError(f"{path} holds no JSON object; download or train the model again")
     return value
 
 
-def read_tensors(path):
-    """All tensors of a safetensors file (memory-mapped) -> dict[str, tensor]. Raises UserError."""
+class _Ignored:
+    """Stands in for the trainer's objects in old .ckpt files (callbacks, counters), which are not weights."""
+
+    def __new__(cls, *args):
+        return super().__new__(cls)
+
+    def __setstate__(self, state):
+        pass
+
+
+def _read_pickle(path):
+    """torch.save's file of tensors, or a trainer's checkpoint with `state_dict`, through the unpickler that runs no code."""
+    with open(path, "rb") as file:
+        zipped = file.read(4) == b"PK\3\4"                 # older ones are a bare pickle, which cannot be memory-mapped
+    allowed = []
+    if zipped:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()                    # torch itself does not look at the checksums
+        if damaged:
+            raise ValueError(f"{damaged} has another checksum")
+        allowed = [(_Ignored, name) for name in torch.serialization.get_unsafe_globals_in_checkpoint(path)
+                   if re.match(r"(pytorch_lightning|lightning|numpy)\.", name)]
+    with torch.serialization.safe_globals(allowed):
+        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+    while isinstance(tensors, dict) and isinstance(tensors.get("state_dict"), dict):
+        tensors = tensors["state_dict"]
+    if not isinstance(tensors, dict):
+        raise ValueError("it holds no table of tensors")
+    return {key: value.detach() for key, value in tensors.items() if torch.is_tensor(value) and isinstance(key, str)}
+
+
+@contextmanager
+def _one_line(path):
+    """Whatever goes wrong while `path` is read becomes a UserError."""
     try:
-        with safe_open(path, "pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}
+        yield
     except FileNotFoundError:
         raise UserError(f"{path} is missing; download or train the model again") from None
-    except (SafetensorError, ValueError, OSError) as error:
-        start = Path(path).read_bytes()[:100] if Path(path).is_file() else b""
+    except Exception as error:                             # a damaged pickle raises whatever it likes
+        reason = re.sub(r"^Weights only load failed.*(WeightsUnpickler error:|trusted source\.) ", "", " ".join(str(error).split()))      # torch's advice is to run the code
+        start = path.read_bytes()[:100] if path.is_file() and path.stat().st_size < 1000 else b""
         if start.startswith(b"version https://git-lfs"):
             raise UserError(f"{path} is a git-lfs pointer, not the weights; run `git lfs pull` where you cloned it") from None
-        raise UserError(f"{path} is no whole safetensors file ({error}), most likely a cut download; fetch it again") from None
+        unsafe = re.search(r"[uU]nsupported (?:global: )?GLOBAL (\S+)", reason)
+        if unsafe:
+            raise UserError(f"{path} holds a Python object, {unsafe[1]}, which could run code, so it is not read; get the weights as .safetensors") from None
+        kind = "torch.save file" if path.suffix in PICKLES else "safetensors file"
+        raise UserError(f"{path} is no whole {kind} ({reason[:150] or type(error).__name__}), most likely a cut download; fetch it again") from None
 
 
-def fill(module, tensors, path):
-    """Load strictly, keeping the module's own dtype. Raises UserError naming the file and the first key that is wrong."""
-    wanted = module.state_dict()
-    for wrong, what in ((wanted.keys() - tensors.keys(), "lacks"), (tensors.keys() - wanted.keys(), "has an unknown")):
-        if wrong:
-            raise UserError(f"{path} {what} tensor {sorted(wrong)[0]} ({len(wrong)} in all): it is another model's, or config.json is")
-    for key, value in tensors.items():
-        if value.shape != wanted[key].shape:
-            raise UserError(f"{path}: {key} is {list(value.shape)}, but config.json asks for {list(wanted[key].shape)}")
-        if not value.is_floating_point():
-            raise UserError(f"{path}: {key} is {value.dtype}, not floating point")
-    module.load_state_dict(tensors)
-    return module.eval()
+def read_tensors(path):
+    """All tensors of a .safetensors, .ckpt, .bin, .pt or .pth file, memory-mapped -> dict[str, tensor]. Raises UserError."""
+    path = Path(path)
+    with _one_line(path):
+        if path.suffix in PICKLES:
+            return _read_pickle(path)
+        with safe_open(path, "pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}
 
 
-def _build(module, config, folder):
-    """The module that `folder`/config.json asks for."""
-    path = Path(folder) / "config.json"
+def weight_file(listed, part, dtype=None):
+    """Which of the files `listed` in a folder holds the weights of `part` (or is the index of their shards); None where none does.
+    Safetensors before pickles, and whole precision before `.fp16.`, but where float16 is asked for."""
+    for suffix in (".safetensors", ".bin"):
+        stem = "diffusion_pytorch_model" if part != "text_encoder" else "model" if suffix == ".safetensors" else "pytorch_model"
+        for variant in (".fp16", "") if dtype == torch.float16 else ("", ".fp16"):
+            for name in (f"{stem}{variant}{suffix}", f"{stem}{suffix}.index{variant}.json", f"{stem}{variant}{suffix}.index.json"):
+                if name in listed:
+                    return name
+
+
+def weight_files(folder, part, dtype=None):
+    """-> (the file or the index of `folder`, its shards' names by key or None). Raises UserError."""
+    folder = Path(folder)
+    name = weight_file({p.name for p in folder.iterdir()} if folder.is_dir() else (), part, dtype)
+    path = folder / (name or (TEXT_FILE if part == "text_encoder" else UNET_FILE))
+    if name is None:
+        raise UserError(f"{path} is missing; download or train the model again")
+    if path.suffix != ".json":
+        return path, None
+    shards = read_json(path).get("weight_map")
+    if not isinstance(shards, dict) or not all(isinstance(file, str) and Path(file).name == file for file in shards.values()):
+        raise UserError(f"{path} has no weight_map from tensors to files beside it; download the model again")
+    return path, shards
+
+
+def read_folder(folder, part, dtype=None):
+    """The tensors of one part's folder -> (dict[str, tensor], the file's path for messages). Raises UserError."""
+    path, shards = weight_files(folder, part, dtype)
+    if shards is None:
+        return read_tensors(path), path
+    tensors = {}
+    for file in sorted(set(shards.values())):
+        shard = read_tensors(path.parent / file)
+        for key in shard:
+            if shards.get(key) != file:
+                raise UserError(f"{path.parent / file} holds tensor {key}, which {path.name} {f'has in {shards[key]}' if key in shards else 'does not know'}; download the model again")
+        tensors |= shard
+    lacking = sorted(shards.keys() - tensors.keys())
+    if lacking:
+        raise UserError(f"{path.parent / shards[lacking[0]]} lacks tensor {lacking[0]} ({len(lacking)} in all), which {path.name} has there; download the model again")
+    return tensors, path
+
+
+def checksum(path):
+    """CRC-32 of the file or files that hold a model's U-Net (the same folder may be trained again). Raises UserError."""
+    path, crc = Path(path), 0
+    file, shards = (path, None) if path.is_file() else weight_files(path / "unet", "unet")
+    for name in [file] if shards is None else [file.parent / name for name in sorted(set(shards.values()))]:
+        with open(name, "rb") as opened:
+            while block := opened.read(1 << 24):
+                crc = zlib.crc32(block, crc)
+    return crc
+
+
+# --- tensors into modules ---
+
+def _build(module, config, given, path):
+    """The module that the config.json `given` (a dict, read from `path`) asks for, without memory for its weights."""
     try:
-        return module(config.from_dict(read_json(path)))
+        with torch.device("meta"):
+            return module(config.from_dict(given))
     except UserError:
         raise
-    except (ValueError, TypeError, KeyError, AttributeError, AssertionError, RuntimeError) as error:
+    except (ValueError, TypeError, LookupError, AttributeError, AssertionError, RuntimeError, ArithmeticError) as error:
         raise UserError(f"{path}: {error}") from None
 
 
-def load_unet(folder):
-    """`folder` = .../unet -> UNet or StackedUNet, float32, on the CPU."""
-    path = Path(folder) / UNET_FILE
-    return fill(_build(lambda config: (StackedUNet if config.stacked else UNet)(config), UNetConfig, folder), read_tensors(path), path)
+def check(wanted, tensors, path, asks="config.json asks for"):
+    """Raises UserError naming the file and the first tensor that is lacking, unknown or wrong; both are by the file's own names."""
+    for wrong, what in ((wanted.keys() - tensors.keys(), "lacks"), (tensors.keys() - wanted.keys(), "has an unknown")):
+        if wrong:
+            raise UserError(f"{path} {what} tensor {sorted(wrong)[0]} ({len(wrong)} in all): it is another model's, or damaged")
+    for key, value in tensors.items():
+        if value.shape != wanted[key].shape:
+            raise UserError(f"{path}: {key} is {list(value.shape)}, but {asks} {list(wanted[key].shape)}")
+        if value.dtype not in FLOATS:
+            raise UserError(f"{path}: {key} is {value.dtype}, not floating point of 16, 32 or 64 bits")
+    if {torch.float16, torch.bfloat16} <= {value.dtype for value in tensors.values()}:       # one flipped in a header reads as noise
+        raise UserError(f"{path} has tensors in float16 and others in bfloat16: it is damaged; fetch it again")
 
 
-def load_vae(folder):
-    """`folder` = .../vae -> VAE, float32, on the CPU."""
-    path = Path(folder) / VAE_FILE
-    return fill(_build(VAE, VAEConfig, folder), read_tensors(path), path)
+def fill(module, tensors, dtype):
+    """A module built without memory gets its tensors, in `dtype` (None: their own): without a copy where they have it."""
+    module.load_state_dict({key: value.to(dtype=dtype) for key, value in tensors.items()}, assign=True)
+    return module.eval()
 
 
-def load_text(folder):
-    """`folder` = .../text_encoder -> TextTower, float32, on the CPU."""
-    path = Path(folder) / TEXT_FILE
-    return fill(_build(TextTower, TextConfig, folder), text_from_transformers(read_tensors(path)), path)
+def _unet(config):
+    return (StackedUNet if config.stacked else UNet)(config)
+
+
+def _fill_text(tower, tensors, path, dtype, prefix="", **words):
+    """TextTower from transformers' names, with or without `text_model.`."""
+    tensors = {key: value for key, value in tensors.items() if not key.endswith("position_ids")}
+    bare = not any(key.startswith(prefix + "text_model.") for key in tensors)
+    wanted = {prefix + (key.removeprefix("text_model.") if bare else key): value for key, value in text_to_transformers(tower.state_dict()).items()}
+    check(wanted, tensors, path, **words)
+    fill(tower, text_from_transformers({key.removeprefix(prefix): value for key, value in tensors.items()}), dtype)
+    tower.tower.attn_mask = tower.tower.build_causal_mask().to(dtype=next(tower.parameters()).dtype)      # a buffer that is in no file
+    return tower
+
+
+def load_unet(folder, dtype=torch.float32):
+    """`folder` = .../unet -> UNet or StackedUNet, on the CPU, in `dtype` (None: the file's). Raises UserError, as all below."""
+    config = Path(folder) / "config.json"
+    unet = _build(_unet, UNetConfig, read_json(config), config)
+    tensors, path = read_folder(folder, "unet", dtype)
+    check(unet.state_dict(), tensors, path)
+    return fill(unet, tensors, dtype)
+
+
+def load_vae(folder, dtype=torch.float32):
+    """`folder` = .../vae -> VAE, on the CPU."""
+    config = Path(folder) / "config.json"
+    vae = _build(VAE, VAEConfig, read_json(config), config)
+    tensors, path = read_folder(folder, "vae", dtype)
+    tensors = names.flat_attention(names.modern_attention(tensors))
+    check(vae.state_dict(), tensors, path)
+    return fill(vae, tensors, dtype)
+
+
+def load_text(folder, dtype=torch.float32):
+    """`folder` = .../text_encoder -> TextTower, on the CPU."""
+    config = Path(folder) / "config.json"
+    tower = _build(TextTower, TextConfig, read_json(config), config)
+    return _fill_text(tower, *read_folder(folder, "text_encoder", dtype), dtype)
 
 
 def save_module(module, folder, file, dtype=None):
@@ -99,47 +254,96 @@ def save_module(module, folder, file, dtype=None):
     training.write_tensors(Path(folder) / file, tensors, dtype=dtype)
 
 
-# --- the text tower: transformers' names <-> open_clip's ---
+# --- single files ---
 
-_TEXT_NAMES = [("embeddings.token_embedding.weight", "token_embedding.weight"),
-               ("embeddings.position_embedding.weight", "positional_embedding"),
-               ("final_layer_norm.", "ln_final."), ("encoder.layers.", "transformer.resblocks."),
-               (".layer_norm1.", ".ln_1."), (".layer_norm2.", ".ln_2."), (".mlp.fc1.", ".mlp.c_fc."), (".mlp.fc2.", ".mlp.c_proj."),
-               (".self_attn.out_proj.", ".attn.out_proj.")]
-
-
-def text_from_transformers(tensors):
-    """transformers' keys (with or without `text_model.`) -> TextTower's. Query, key and value become one tensor."""
-    out, parts = {}, {}
-    for key, value in tensors.items():
-        key = key.removeprefix("text_model.")
-        if key.endswith("position_ids"):                   # a buffer of older files: 0, 1, 2, ...
-            continue
-        fused = re.fullmatch(r"encoder\.layers\.(\d+)\.self_attn\.([qkv])_proj\.(weight|bias)", key)
-        if fused:
-            layer, which, kind = fused.groups()
-            parts.setdefault(f"tower.transformer.resblocks.{layer}.attn.in_proj_{kind}", {})[which] = value
-            continue
-        for theirs, ours in _TEXT_NAMES:
-            key = key.replace(theirs, ours)
-        out["tower." + key] = value
-    for key, value in parts.items():
-        if value.keys() == set("qkv"):                     # else `fill` says which tensor is lacking
-            out[key] = torch.cat([value[which] for which in "qkv"])
-    return out
+def facts(path):
+    """What our own single files say of themselves in their header: the three configs, and instaflow.json as "info"; {} in others'."""
+    path = Path(path)
+    if path.suffix in PICKLES:
+        return {}
+    with _one_line(path), safe_open(path, "pt") as file:
+        text = (file.metadata() or {}).get("instaflow", "{}")
+    try:
+        told = json.loads(text)
+        if all(isinstance(told.get(key, {}), dict) for key in ("info", *PARTS)):
+            return told
+    except (ValueError, AttributeError, RecursionError):
+        pass
+    raise UserError(f"{path}: its header's `instaflow` is damaged; fetch the file again")
 
 
-def text_to_transformers(tensors):
-    """TextTower's keys -> transformers', with `text_model.` (which every version reads)."""
-    out = {}
-    for key, value in tensors.items():
-        key = key.removeprefix("tower.")
-        fused = re.fullmatch(r"transformer\.resblocks\.(\d+)\.attn\.in_proj_(weight|bias)", key)
-        if fused:
-            for which, part in zip("qkv", value.chunk(3)):
-                out[f"text_model.encoder.layers.{fused[1]}.self_attn.{which}_proj.{fused[2]}"] = part
-            continue
-        for theirs, ours in _TEXT_NAMES:
-            key = key.replace(ours, theirs)
-        out["text_model." + key] = value
-    return out
+def load_single_file(path, dtype=torch.float32):
+    """A single file in the ldm layout -> UNet, VAE, TextTower, on the CPU. Sizes are Stable Diffusion 1.x's, but where its header
+    says others. An EMA beside the weights is left out, as diffusers does."""
+    tensors = {key: value for key, value in read_tensors(path).items() if not _DROPPED.fullmatch(key)}
+    parts = {part: {key: value for key, value in tensors.items() if key.startswith(prefix)} for part, prefix in names.LDM.items()}
+    kind = next((kind for start, kind in _OTHERS.items() if any(key.startswith(start) for key in tensors)), None)
+    if kind:
+        raise UserError(f"{path} is {kind}, and no Stable Diffusion 1.x file")
+    for part, prefix in names.LDM.items():
+        if not parts[part]:
+            raise UserError(f"{path} has no tensor {prefix}*: it is no whole Stable Diffusion 1.x file")
+    unknown = sorted(tensors.keys() - set().union(*parts.values()))
+    if unknown:
+        raise UserError(f"{path} has an unknown tensor {unknown[0]} ({len(unknown)} in all): it is no Stable Diffusion 1.x file")
+    told = facts(path)
+    unet, vae, text = (_build(make, config, told.get(part, {}), path)
+                       for part, make, config in (("unet", UNet, UNetConfig), ("vae", VAE, VAEConfig), ("text_encoder", TextTower, TextConfig)))
+    words = {"asks": "its header asks for" if told else "Stable Diffusion 1.x has"}
+    for module, part, rename in ((unet, "unet", names.ldm_unet), (vae, "vae", names.ldm_vae)):
+        state, found = module.state_dict(), names.flat_attention(parts[part])
+        called = {key: names.LDM[part] + rename(key, module.config) for key in state}
+        check({called[key]: value for key, value in state.items()}, found, path, **words)
+        fill(module, {key: found[name] for key, name in called.items()}, dtype)
+    return unet, vae, _fill_text(text, parts["text_encoder"], path, dtype, names.LDM["text_encoder"], **words)
+
+
+def save_single_file(path, unet, vae, text, info, dtype=None):
+    """One .safetensors file in the ldm layout, which diffusers' from_single_file and the usual programs read. Its header holds the
+    configs and `info` (instaflow.json's fields) too. Raises UserError for a stacked U-Net."""
+    if unet.config.stacked:
+        raise UserError(f"{path}: a stacked U-Net has no single-file layout; save it as a folder")
+    tensors = {names.LDM["unet"] + names.ldm_unet(key, unet.config): value for key, value in unet.state_dict().items()}
+    for key, value in vae.state_dict().items():
+        matrix = ".attentions." in key and value.dim() == 2
+        tensors[names.LDM["vae"] + names.ldm_vae(key, vae.config)] = value[:, :, None, None] if matrix else value
+    tensors |= {names.LDM["text_encoder"] + key: value for key, value in text_to_transformers(text.state_dict()).items()}
+    told = {"info": info, "unet": unet.config.to_dict(), "vae": vae.config.to_dict(), "text_encoder": text.config.to_dict()}
+    training.write_tensors(path, tensors, {"instaflow": json.dumps(told)}, dtype)
+
+
+# --- the hub ---
+
+def needed(listed, dtype=None):
+    """Which of a hub repository's files a model needs: configs, and of each part's weights one spelling."""
+    files = [name for name in ("model_index.json", "instaflow.json", "scheduler/scheduler_config.json") if name in listed]
+    for part in PARTS:
+        inside = {name.removeprefix(part + "/") for name in listed if name.startswith(part + "/")}
+        chosen = weight_file(inside, part, dtype)
+        if chosen is None or "config.json" not in inside:
+            raise UserError(f"no {part}/ with config.json and weights in it; name a repository in the diffusers layout, or download its single file and name that")
+        shards = []
+        if chosen.endswith(".json"):                       # which shards they are stands in the index: their names tell too
+            stem, suffix, half = chosen.split(".")[0], ".bin" if ".bin" in chosen else ".safetensors", ".fp16" in chosen
+            shards = [name for name in inside if re.fullmatch(re.escape(stem) + r"(\.fp16)?-\d+-of-\d+(\.fp16)?" + re.escape(suffix), name) and (".fp16" in name) == half]
+        files += [f"{part}/{name}" for name in ("config.json", chosen, *sorted(shards))]
+    return files
+
+
+def locate(path, dtype=None):
+    """A local path as it is; a hub name (owner/name) as its folder in huggingface_hub's cache, fetched where need be. Off-line the
+    cache serves. Raises UserError."""
+    name = str(path)
+    if Path(path).exists() or not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) or Path(path).suffix in (*PICKLES, ".safetensors"):
+        return Path(path)
+    from huggingface_hub import HfApi, snapshot_download   # here: it takes a second
+    try:
+        listed = [file.rfilename for file in HfApi().model_info(name).siblings]              # (list_repo_files waits half a minute for a lost connection)
+        return Path(snapshot_download(name, allow_patterns=needed(listed, dtype)))
+    except Exception as error:                             # its own errors, httpx's or requests', OSError ...
+        reason = (" ".join(str(error).split()) or type(error).__name__)[:200]
+    try:
+        return Path(snapshot_download(name, allow_patterns=["unet/config.json"], local_files_only=True))
+    except Exception:
+        raise UserError(f"{name}: no such folder or file here, and as a hub name it cannot be fetched ({reason}); check the name and the connection, and for a gated model accept "
+                        "its licence on huggingface.co and log in with `hf auth login`") from None

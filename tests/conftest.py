@@ -119,3 +119,45 @@ def one_line(result, *words):
     missing = [w for w in map(str, words) if w not in err]
     assert not missing, f"{missing} not in {err!r}"
     return True
+
+
+# --- Stable Diffusion in small, as its own libraries write it ---
+
+@pytest.fixture(scope="session")
+def peers(tmp_path_factory):
+    """A folder that diffusers and transformers wrote, with random weights: Stable Diffusion 1.5's architecture with fewer channels.
+    It has the fields unet, vae, text: their networks. Nobody writes into it."""
+    from types import SimpleNamespace
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+    folder = tmp_path_factory.mktemp("peers")
+    torch.manual_seed(3)
+    unet = randomise(UNet2DConditionModel(
+        sample_size=64, block_out_channels=(16, 32, 32, 32), norm_num_groups=4, attention_head_dim=4, cross_attention_dim=32,
+        down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",), up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3))
+    vae = randomise(AutoencoderKL(sample_size=512, block_out_channels=(16, 16, 32, 32), norm_num_groups=4, layers_per_block=2, latent_channels=4,
+                                  down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4))
+    text = randomise(CLIPTextModel(CLIPTextConfig(vocab_size=49408, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+                                                  max_position_embeddings=77, hidden_act="quick_gelu", bos_token_id=49406, eos_token_id=49407, pad_token_id=1)))
+    for part, module in (("unet", unet), ("vae", vae), ("text_encoder", text)):
+        module.save_pretrained(folder / part)
+    (folder / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
+    return SimpleNamespace(path=folder, unet=unet, vae=vae, text=text)
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tmp_path_factory):
+    """transformers' CLIPTokenizer, from vocab.json and merges.txt made of the byte-pair file that open_clip ships."""
+    import gzip
+    import importlib.util
+    import json
+    from transformers import CLIPTokenizer
+    folder = tmp_path_factory.mktemp("tokenizer")
+    source = Path(importlib.util.find_spec("open_clip").origin).parent / "bpe_simple_vocab_16e6.txt.gz"
+    merges = gzip.decompress(source.read_bytes()).decode().split("\n")[1:49152 - 256 - 2 + 1]
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    symbols = [chr(b) for b in printable] + [chr(256 + i) for i in range(256 - len(printable))]
+    words = symbols + [s + "</w>" for s in symbols] + [m.replace(" ", "") for m in merges] + ["<|startoftext|>", "<|endoftext|>"]
+    (folder / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n")
+    return CLIPTokenizer.from_pretrained(folder, model_max_length=77)

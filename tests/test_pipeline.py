@@ -146,6 +146,32 @@ def test_distillation_with_lpips_brings_pictures_nearer(pipeline, models):
     assert losses[1] < 0.95 * losses[0]
 
 
+def test_a_stacked_student(pipeline, command, monkeypatch, tmp_path):
+    """Two halves that start as the 2-rectified flow and end apart; L2, then LPIPS; one step brings it nearer to the path's end."""
+    shutil.copytree(pipeline, tmp_path / "p")
+    monkeypatch.chdir(tmp_path / "p")
+    words = [*STAGES["distill"][1], "--stacked"]
+    words[words.index("--out") + 1] = "models/stacked-l2"
+    assert command("distill.py", *words)[0] == 0
+    student, start, data = InstaFlow.load("models/stacked-l2"), InstaFlow.load("models/2rf"), PairDataset("pairs/second")
+    assert json.loads(Path("models/stacked-l2/unet/config.json").read_text())["stacked"] is True and student.info["trained_steps"] == [1]
+    assert {k.split(".")[0] for k in load_file("models/stacked-l2/unet/diffusion_pytorch_model.safetensors")} == {"first", "second"}
+    first, second = student.unet.first.state_dict(), student.unet.second.state_dict()
+    assert any(not torch.equal(v, second[k]) for k, v in first.items() if k in second)
+    from unet import StackedUNet
+    x0, x1, context = everything(data, student)
+    error = lambda unet: float((x0 + unet(x0, 1000.0, context) - x1).square().mean())
+    with torch.no_grad():
+        assert error(student.unet) < 0.9 * error(StackedUNet.from_unet(start.unet))
+    words = [*STAGES["lpips"][1]]
+    words[words.index("--model") + 1], words[words.index("--out") + 1] = "models/stacked-l2", "models/stacked"
+    assert command("distill.py", *words)[0] == 0
+    final = InstaFlow.load("models/stacked")
+    assert final.unet.config.stacked and final.generate(["a red circle"])[0].size == (16, 16)
+    lines = [json.loads(line)["loss"] for line in Path("models/stacked/training/log.jsonl").read_text().splitlines()]
+    assert np.mean(lines[-6:]) < np.mean(lines[:6])
+
+
 def test_what_the_folders_say(pipeline, models):
     assert {k: models["2rf"].info[k] for k in ("prediction", "sampler", "steps", "guidance", "base")} == {"prediction": "velocity", "sampler": "euler", "steps": 25, "guidance": 1.5, "base": "../teacher"}
     assert "trained_steps" not in models["2rf"].info

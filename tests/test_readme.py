@@ -1,7 +1,11 @@
 """What the README says is there, is there."""
 import ast
+import os
 import re
 from pathlib import Path
+
+import numpy as np
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -46,3 +50,32 @@ def test_the_pipelines_lines_are_those_that_mini_runs():
     for line in mini.pipeline("."):
         if not line.startswith("experiments.py"):
             assert line.replace("./", "") in README
+
+
+def test_the_snippet_samples_our_folder_in_diffusers(tiny, tmp_path, monkeypatch):
+    """Run as it stands, on another folder: what it draws is what our sampler draws from the same noise."""
+    from instaflow import InstaFlow, to_pil
+    from PIL import Image
+    code = next(block for block in re.findall(r"```python\n(.*?)```", README, re.S) if "FlowMatchEuler" in block)
+    (tmp_path / "models").mkdir()
+    os.symlink(tiny / "flow", tmp_path / "models" / "mini-2rf")
+    os.symlink(tiny / "teacher", tmp_path / "models" / "mini-sd")
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(code, names)
+    model = InstaFlow.load(tiny / "flow")
+    noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        latents = model.solve(noise, model.text(["a red circle left of a blue square"]), model.text([""]), 25, 1.5)
+    assert (latents - names["x"]).abs().max() <= 1e-5 * latents.abs().max()
+    drawn, ours = (np.array(image).astype(int) for image in (Image.open("diffusers.png"), to_pil(model.decode(latents))[0]))
+    assert np.abs(drawn - ours).max() <= 1 and ours.std() > 1
+
+
+def test_the_command_lines_have_flags_that_exist():
+    """Every `python X.py ... --flag` of the README, against X's own parser words."""
+    for line in re.findall(r"^(?:torchrun \S+ \S+ |python )(\w+\.py .*)$", README, re.M):
+        script, *words = line.split("     #")[0].split()
+        sources = "".join((ROOT / name).read_text() for name in (script, "training.py", "cli.py"))
+        for flag in (w for w in words if w.startswith("--")):
+            assert f'"{flag}"' in sources, f"{script} has no {flag}"

@@ -150,6 +150,135 @@ def test_interpolation_goes_from_one_seed_to_the_other(draw, flow, tmp_path):
         assert np.abs(np.array(shown, int) - np.array(wanted, int)).max() <= 3
 
 
+# --- picture to picture ---
+
+@pytest.fixture
+def photo(tmp_path):
+    """A picture of two colours, 40 x 20: cropped to a square, it keeps its middle."""
+    image = Image.new("RGB", (40, 20), (200, 30, 30))
+    image.paste((20, 60, 220), (20, 0, 40, 20))
+    image.save(tmp_path / "photo.png")
+    return tmp_path / "photo.png"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("strength, steps, taken", [(0.6, 5, 3), (1.0, 4, 4), (0.25, 8, 2), (0.1, 4, 1)])
+def test_picture_to_picture_starts_in_the_flows_middle(draw, flow, photo, tmp_path, strength, steps, taken):
+    """By hand: X_t = (1 - t) noise + t latent at t = 1 - strength, then Euler's steps from t to 1."""
+    assert draw("a red circle", "--image", photo, "--strength", strength, "--steps", steps, "--guidance", 2, "--seed", 4, "--out", tmp_path / "x.png")[0] == 0
+    image = Image.open(photo).convert("RGB").crop((10, 0, 30, 20)).resize((16, 16), Image.Resampling.LANCZOS)
+    mean, _ = flow.vae.encode(torch.tensor(np.array(image), dtype=torch.float32).permute(2, 0, 1)[None] / 127.5 - 1)
+    t, context, null = 1 - strength, flow.text(["a red circle"]), flow.text([""])
+    z = (1 - t) * flow.noise(4, 0, 1) + t * 0.18215 * mean
+    for i in range(taken):
+        at = t + strength * i / taken
+        v, without = flow.unet(z, torch.tensor([1000 * (1 - at)]), context), flow.unet(z, torch.tensor([1000 * (1 - at)]), null)
+        z = z + strength / taken * (2 * v - without)
+    wanted, = to_pil(flow.decode(z))
+    assert same(tmp_path / "x.png", wanted)
+    assert facts(tmp_path / "x.png")["image"] == str(photo) and facts(tmp_path / "x.png")["strength"] == str(float(strength))
+    if strength == 1:                                      # the picture is forgotten
+        assert same(tmp_path / "x.png", flow.generate(["a red circle"], steps=4, guidance=2.0, seed=4)[0])
+
+
+@torch.no_grad()
+def test_strength_0_gives_the_picture_back(draw, flow, tiny, photo, tmp_path):
+    for model in ("flow", "teacher"):
+        assert draw("a", "--model", tiny / model, "--image", photo, "--strength", 0, "--height", 20, "--width", 40, "--out", tmp_path / "x.png")[0] == 0
+        image = torch.tensor(np.array(Image.open(photo)), dtype=torch.float32).permute(2, 0, 1)[None] / 127.5 - 1
+        assert same(tmp_path / "x.png", to_pil(flow.vae.decode(flow.vae.encode(image)[0]).clamp(-1, 1))[0])
+
+
+def test_a_noise_predictor_goes_from_a_picture_too(draw, tiny, photo, tmp_path):
+    """At t_min a whole index's velocity carries it: more strength, farther from the picture."""
+    teacher, distance = InstaFlow.load(tiny / "teacher"), []
+    draw("a", "--model", tiny / "teacher", "--image", photo, "--strength", 0, "--out", tmp_path / "start.png")
+    for strength in (0.2, 0.5, 0.9):
+        assert draw("a", "--model", tiny / "teacher", "--image", photo, "--strength", strength, "--steps", 10, "--out", tmp_path / "x.png")[0] == 0
+        distance.append(np.abs(pixels(tmp_path / "x.png").astype(float) - pixels(tmp_path / "start.png")).mean())
+    assert 0 < distance[0] < distance[1] < distance[2]
+    assert teacher.info["prediction"] == "epsilon"
+
+
+def test_a_one_step_student_warns_of_pictures(draw, flow, tiny, photo, tmp_path):
+    InstaFlow(flow.unet, flow.vae, flow.text, {"prediction": "velocity", "steps": 1, "guidance": 1.0, "trained_steps": [1]}, tiny / "teacher").save(tmp_path / "student")
+    status, out, err = draw("a", "--model", tmp_path / "student", "--image", photo, "--out", tmp_path / "x.png")
+    assert status == 0 and err.startswith("warning: this model was distilled") and "--image" in err and err.count("\n") == 1
+
+
+def test_pictures_that_are_none(draw, photo, tmp_path):
+    (tmp_path / "words.png").write_text("no picture")
+    (tmp_path / "cut.png").write_bytes(photo.read_bytes()[:60])
+    for name, words in (("none.png", "no such file"), ("words.png", "no picture that Pillow reads"), ("cut.png", "no picture that Pillow reads"), ("", "no picture that Pillow reads")):
+        assert one_line(draw("a", "--image", tmp_path / name, "--out", tmp_path / "x.png"), "--image", tmp_path / name, words)
+    assert one_line(draw("a", "--image", photo, "--interpolate", 1, 2), "--image starts from a picture")
+    assert one_line(draw("a", "--image", photo, "--strength", 1.5), "--strength")
+
+
+# --- tiles ---
+
+@torch.no_grad()
+def test_tiles_of_a_decoder_that_sees_only_its_neighbourhood_are_the_whole(flow):
+    """Where nothing looks farther than the overlap, blending equal pictures must give that picture: a decoder of one convolution."""
+    vae = type(flow.vae)(flow.vae.config)
+    vae.decode = lambda latent: torch.nn.functional.interpolate(latent[:, :3] * 2 + 1, scale_factor=2.0)
+    for h, w, tile in ((8, 8, 8), (20, 13, 8), (33, 9, 16), (9, 40, 8), (17, 17, 16)):
+        latent = torch.randn(2, 4, h, w)
+        image = vae.decode_tiled(latent, tile)
+        assert image.shape == (2, 3, 2 * h, 2 * w) and (image - vae.decode(latent)).abs().max() <= 1e-5
+
+
+@torch.no_grad()
+def test_tiles_never_see_more_than_a_tile(flow):
+    seen, vae = [], type(flow.vae)(flow.vae.config)
+    decode = vae.decode
+    vae.decode = lambda latent: (seen.append(tuple(latent.shape[2:])), decode(latent))[1]
+    vae.decode_tiled(torch.randn(1, 4, 30, 11), 8)
+    assert set(seen) == {(8, 8)} and len(seen) == 5 * 2
+
+
+def test_tiles_when_asked(draw, flow, tmp_path):
+    """The picture is near the whole one and not equal; one that fits into a tile is equal."""
+    assert draw("a", "--tile", 16, "--height", 40, "--width", 24, "--out", tmp_path / "x.png")[0] == 0
+    whole = np.array(flow.generate(["a"], steps=1, height=40, width=24)[0]).astype(int)
+    difference = np.abs(pixels(tmp_path / "x.png").astype(int) - whole)
+    assert 1 < difference.max() and difference.mean() < np.abs(whole - whole.mean((0, 1))).mean()
+    assert draw("a", "--tile", "--out", tmp_path / "y.png")[0] == 0
+    assert same(tmp_path / "y.png", flow.generate(["a"], steps=1)[0])
+    for tile, words in ((15, "--tile is 15; it must be a multiple of 2"), (8, "at least 16")):
+        assert one_line(draw("a", "--tile", tile, "--out", tmp_path / "x.png"), words)
+
+
+# --- other models ---
+
+def test_random_weights_say_loudly_that_it_is_noise(command, monkeypatch, tmp_path):
+    import instaflow
+    monkeypatch.setitem(instaflow.CONFIGS, "sd15", instaflow.CONFIGS["mini"])
+    status, out, err = command("sample.py", "--random-weights", "sd15", "--steps", 1, "--device", "cpu", "--out", tmp_path / "x.png", "a")
+    assert status == 0 and "1 picture, 1 step" in out and err.startswith("WARNING: RANDOM WEIGHTS") and "EVERY PICTURE IS NOISE" in err and err.count("\n") == 1
+    assert facts(tmp_path / "x.png")["model"] == "sd15"
+    assert one_line(command("sample.py", "--random-weights", "sd15", "--model", "x", "a"), "stands in place of a model")
+    assert one_line(command("sample.py", "--random-weights", "sd21", "a"), "--random-weights")
+
+
+def test_a_single_file_and_a_lora(draw, flow, tmp_path):
+    import lora
+    from safetensors.torch import save_file
+    flow.save(tmp_path / "one.safetensors")
+    tensors = {"lora_unet_conv_in.lora_down.weight": torch.randn(2, 4, 3, 3), "lora_unet_conv_in.lora_up.weight": torch.randn(8, 2, 1, 1)}
+    save_file(tensors, tmp_path / "a.safetensors")
+    save_file({k: -v for k, v in tensors.items() if "up" in k} | {k: v for k, v in tensors.items() if "down" in k}, tmp_path / "b:1.safetensors")
+    one = tmp_path / "one.safetensors"
+    assert draw("a", "--model", one, "--out", tmp_path / "x.png")[0] == 0 and same(tmp_path / "x.png", flow.generate(["a"], steps=1)[0])
+    status, out, err = draw("a", "--model", one, "--lora", f"{tmp_path / 'a.safetensors'}:0.5", "--lora", tmp_path / "b:1.safetensors", "--out", tmp_path / "x.png")
+    assert (status, err) == (0, "") and "0.5" in facts(tmp_path / "x.png")["lora"]
+    merged = InstaFlow.load(one)
+    lora.load_lora(merged, tmp_path / "a.safetensors", -0.5)                 # 0.5 - 1
+    assert same(tmp_path / "x.png", merged.generate(["a"], steps=1)[0])
+    assert not same(tmp_path / "x.png", flow.generate(["a"], steps=1)[0])
+    assert one_line(draw("a", "--lora", tmp_path / "none.safetensors:2"), tmp_path / "none.safetensors", "is missing")
+
+
 # --- slerp ---
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
