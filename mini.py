@@ -87,8 +87,7 @@ def train_vae(out, world):
         error = (difference.abs() + 2 * difference.square()).mean((1, 2, 3))
         kl = 0.5 * (mean.float() ** 2 + logvar.float().exp() - 1 - logvar.float()).mean((1, 2, 3))
         (error + s.kl * kl).mean().backward()
-        training.optimiser_step(optimizer, vae, lr)
-        log.add(error, kl=float(kl.mean()))
+        log.add(error, kl=float(kl.mean()), gradient=training.optimiser_step(optimizer, vae, lr))
     return ema.eval()
 
 

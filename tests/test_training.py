@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch import nn
 
+import checkpoint
 import training
 from cli import UserError
-from conftest import one_line
+from conftest import one_line, without_time
 
 ONE = training.World(0, 1, torch.device("cpu"))
 
@@ -118,7 +119,7 @@ def test_a_flag_that_cannot_be_is_refused(command, flag, value):
 def fail_rename(monkeypatch):
     def replace(source, target):
         raise OSError(errno.EIO, "Input/output error")
-    monkeypatch.setattr(training.os, "replace", replace)
+    monkeypatch.setattr(checkpoint.os, "replace", replace)
 
 
 def fail_full_disk(monkeypatch):
@@ -137,13 +138,13 @@ def fail_full_disk(monkeypatch):
 
         def __exit__(self, *_):
             self.file.close()
-    monkeypatch.setattr(training, "open", Full, raising=False)
+    monkeypatch.setattr(checkpoint, "open", Full, raising=False)
 
 
 def fail_sync(monkeypatch):
     def fsync(number):
         raise OSError(errno.ENOSPC, "No space left on device")
-    monkeypatch.setattr(training.os, "fsync", fsync)
+    monkeypatch.setattr(checkpoint.os, "fsync", fsync)
 
 
 @pytest.mark.parametrize("fail", [fail_rename, fail_full_disk, fail_sync])
@@ -176,9 +177,9 @@ def test_a_full_disk_is_one_line(monkeypatch, tmp_path, command, tiny):
 
 def test_what_is_renamed_was_written_and_synced_before(monkeypatch, tmp_path):
     """The order is what makes a file whole after a power cut."""
-    done, (fsync, replace) = [], (training.os.fsync, training.os.replace)
-    monkeypatch.setattr(training.os, "fsync", lambda number: (done.append(("sync", training.os.fstat(number).st_size)), fsync(number)))
-    monkeypatch.setattr(training.os, "replace", lambda a, b: (done.append(("rename", a.read_bytes())), replace(a, b)))
+    done, (fsync, replace) = [], (checkpoint.os.fsync, checkpoint.os.replace)
+    monkeypatch.setattr(checkpoint.os, "fsync", lambda number: (done.append(("sync", checkpoint.os.fstat(number).st_size)), fsync(number)))
+    monkeypatch.setattr(checkpoint.os, "replace", lambda a, b: (done.append(("rename", a.read_bytes())), replace(a, b)))
     training.write(tmp_path / "file", b"12345")
     assert done == [("sync", 5), ("rename", b"12345")]
 
@@ -253,10 +254,6 @@ def train(folder, kill=None, recipe=RECIPE):
         losses.mean().backward()
         log.add(losses, torch.from_numpy(rows) / 10, gradient=training.optimiser_step(optimizer, model, lr))
     return model, ema, training.Log(folder, SETTINGS.iterations, writes=False).lines
-
-
-def without_time(lines):
-    return [{k: v for k, v in line.items() if k not in ("seconds", "samples_per_second")} for line in lines]
 
 
 @pytest.fixture(scope="module")
