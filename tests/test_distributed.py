@@ -17,6 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import checkpoint
 import pairs
 import training
 from conftest import without_time
@@ -48,10 +49,10 @@ def dump_gradients(patch):
     patch.setattr(training, "optimiser_step", dumping)
 
 
-def slow_second(patch):
-    """The second of two processes is slow to begin: what the first does alone shows."""
-    if os.environ.get("RANK") == "1":
-        time.sleep(1)
+def slow_parts(patch):
+    """Time for a kill between one part and the next."""
+    generate = pairs.generate
+    patch.setattr(pairs, "generate", lambda *words: (time.sleep(0.2), generate(*words))[1])
 
 
 def one_bad_gradient(patch):
@@ -87,7 +88,7 @@ def _run(folder, script, words, environment, changes):
         os.dup2(output.fileno(), 2)
     torch.set_num_threads(1)
     torch.backends.mkldnn.enabled = False                  # a kernel for each new shape takes longer than these nets
-    sys.argv = [str(ROOT / script), *words]
+    sys.argv = [str(ROOT / script), *map(str, words)]
     with pytest.MonkeyPatch.context() as patch:
         for change in changes:
             change(patch)
@@ -230,6 +231,183 @@ def test_sigterm_writes_a_checkpoint_and_the_same_line_goes_on_bitwise(trained, 
     assert_same_end(tmp_path, trained(processes)[3])
     lines = [json.loads(line) for line in (tmp_path / "out" / "training" / "log.jsonl").read_text().splitlines()]
     assert without_time(lines) == without_time(trained(processes)[2])
+
+
+def test_a_killed_process_ends_the_others_with_a_line_and_the_same_line_goes_on_bitwise(trained, launch, tmp_path):
+    for name in ("models", "pairs"):
+        os.symlink(trained(2)[3] / name, tmp_path / name)
+    words = [*REFLOW, "--out", "out"]
+    running = launch(tmp_path, "train_reflow.py", words, 2)
+    while steps_done(tmp_path) < 8:
+        time.sleep(0.01)
+    running[1].kill()
+    for process in running:
+        process.join()
+    output = (tmp_path / "output-0.txt").read_text()
+    assert running[0].exitcode == 2, output
+    assert "train_reflow.py: another process of this run has ended; its own message says why" in output and "Traceback" not in output
+    wait(launch(tmp_path, "train_reflow.py", words, 2), tmp_path)
+    assert_same_end(tmp_path, trained(2)[3])
+
+
+@pytest.mark.parametrize("before, after", [(2, 1), (1, 4)])
+def test_a_run_goes_on_with_another_number_of_processes(trained, launch, tmp_path, before, after):
+    """The same loss curve, so no pair comes twice and none is left out."""
+    for name in ("models", "pairs"):
+        os.symlink(trained(1)[3] / name, tmp_path / name)
+    for processes, iterations in ((before, 10), (after, 20)):
+        wait(launch(tmp_path, "train_reflow.py", [*REFLOW, "--out", "out", "--iterations", iterations], processes), tmp_path)
+    lines = [json.loads(line) for line in (tmp_path / "out" / "training" / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, 21))
+    assert [line["loss"] for line in lines] == pytest.approx([line["loss"] for line in trained(1)[2]], rel=1e-3)
+
+
+# --- pairs ---
+
+def test_parts_become_the_shards_that_one_piece_makes(world, launch, tmp_path):
+    """PART is no setting: it shows in nothing but what a kill loses."""
+    for name in ("models", "prompts.txt"):
+        os.symlink(world / name, tmp_path / name)
+    wait(launch(tmp_path, "pairs.py", MAKE), tmp_path)
+    whole, parts = (pairs.PairDataset(folder / "pairs") for folder in (tmp_path, world))
+    assert [p.name for p in sorted((world / "pairs").iterdir())] == ["shard-00000.safetensors", "shard-00001.safetensors"]
+    assert len(whole) == len(parts) == 36 and whole.info == parts.info
+    for i in range(36):
+        assert whole[i]["prompt"] == parts[i]["prompt"] == PROMPTS[i % 7] and torch.equal(whole[i]["noise"], parts[i]["noise"])
+        assert (whole[i]["latent"] - parts[i]["latent"]).abs().max() <= whole[i]["latent"].abs().max() * 2 ** -10
+
+
+@pytest.mark.parametrize("before, after, parts", [(2, 3, 3), (3, 1, 5), (1, 2, 4)])
+def test_pairs_go_on_with_another_number_of_processes(world, launch, tmp_path, before, after, parts):
+    for name in ("models", "prompts.txt"):
+        os.symlink(world / name, tmp_path / name)
+    running = launch(tmp_path, "pairs.py", MAKE, before, smaller_parts, slow_parts)
+    made = lambda: {p.name: p.stat().st_mtime_ns for p in (tmp_path / "pairs").glob("*-part-*.safetensors")} if (tmp_path / "pairs").exists() else {}
+    while len(made()) < parts and any(p.is_alive() for p in running):
+        time.sleep(0.01)
+    for process in running:
+        process.kill()
+        process.join()
+    (tmp_path / "pairs" / "shard-00000-part-00004.safetensors.99.tmp").write_bytes(b"what a kill left")
+    left = made()
+    assert left, "the kill came too late for this test"
+    again = launch(tmp_path, "pairs.py", MAKE, after, smaller_parts, slow_parts)
+    kept = {}
+    while any(p.is_alive() for p in again):
+        kept |= made()
+        time.sleep(0.01)
+    wait(again, tmp_path)
+    assert all(kept[name] == time for name, time in left.items() if name in kept)            # nothing was made twice
+    assert sorted(p.name for p in (tmp_path / "pairs").iterdir()) == ["shard-00000.safetensors", "shard-00001.safetensors"]
+    for path in (tmp_path / "pairs").iterdir():
+        assert path.read_bytes() == (world / "pairs" / path.name).read_bytes()
+
+
+def test_a_kill_between_a_shard_and_its_parts_end(world, launch, tmp_path):
+    """The shard is there, and so are its parts: they go, and nothing is made."""
+    for name in ("models", "prompts.txt"):
+        os.symlink(world / name, tmp_path / name)
+    shutil.copytree(world / "pairs", tmp_path / "pairs")
+    for j in range(2):
+        (tmp_path / "pairs" / f"shard-00000-part-{j:05d}.safetensors").write_bytes(b"left")
+    times = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "pairs").glob("shard-0000?.safetensors")}
+    wait(launch(tmp_path, "pairs.py", MAKE, 2, smaller_parts), tmp_path)
+    assert {p.name: p.stat().st_mtime_ns for p in (tmp_path / "pairs").iterdir()} == times
+
+
+# --- torchrun itself ---
+
+def torchrun(folder, words, processes, restarts):
+    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "--max-restarts", str(restarts), *map(str, words)]
+    return subprocess.Popen(line, cwd=folder, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, stderr=open(folder / "torchrun.txt", "w"))
+
+
+def workers(process, script):
+    """The processes that torchrun has started: its children that run `script`."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            parent, command = int(path.read_text().rpartition(")")[2].split()[1]), (path.parent / "cmdline").read_bytes()
+        except (OSError, ValueError):
+            continue                                       # it has just ended
+        if parent == process.pid and script.encode() in command:
+            found.append(int(path.parent.name))
+    return sorted(found)
+
+
+def disturb(folder, words, script, kills, sent, draw):
+    """torchrun, whose processes get `sent` signals at random moments, until it ends by itself -> how many came."""
+    process, came = torchrun(folder, words, 2, 2 * kills), 0
+    while process.poll() is None:
+        begun = steps_done(folder)                         # a life is long enough for some steps, or nothing would ever be done
+        while process.poll() is None and steps_done(folder) <= begun:
+            time.sleep(0.02)
+        time.sleep(draw.uniform(0, 5))
+        running = workers(process, script)
+        if came < kills and len(running) == 2:
+            os.kill(draw.choice(running), sent)
+            came += 1
+            while process.poll() is None and set(workers(process, script)) & set(running):
+                time.sleep(0.05)
+    assert process.returncode == 0, (folder / "torchrun.txt").read_text()[-3000:]
+    return came
+
+
+def torchrun_disturbed(world, folder, kills, sent, *words):
+    """A reflow under torchrun, undisturbed and disturbed -> how many signals came, and what torchrun and its processes said."""
+    seed = random.SystemRandom().randrange(10 ** 6)
+    print("moments are drawn from seed", seed)
+    for name in ("undisturbed", "disturbed"):
+        (folder / name).mkdir()
+        for link in ("models", "pairs"):
+            os.symlink(world / link, folder / name / link)
+    words = [ROOT / "train_reflow.py", *REFLOW, "--out", "out", *words]
+    disturb(folder / "undisturbed", words, "train_reflow.py", 0, sent, random.Random(seed))
+    came = disturb(folder / "disturbed", words, "train_reflow.py", kills, sent, random.Random(seed))
+    ours, theirs = (load_file(checkpoint.checkpoints(folder / name / "out" / "training")[-1]) for name in ("disturbed", "undisturbed"))
+    assert ours.keys() == theirs.keys() and all(torch.equal(v, theirs[k]) for k, v in ours.items())
+    assert not list((folder / "disturbed" / "out").rglob("*.tmp"))
+    return came, (folder / "disturbed" / "torchrun.txt").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sent, kills", [(signal.SIGKILL, 20), (signal.SIGTERM, 5)], ids=["SIGKILL", "SIGTERM"])
+def test_torchrun_killed_at_random_moments_ends_as_if_it_had_not_been(world, tmp_path, sent, kills):
+    came, said = torchrun_disturbed(world, tmp_path, kills, sent, "--iterations", "2500", "--save-every", "20", "--log-every", "5")
+    assert came == kills
+
+
+def killed_while_it_writes(patch):
+    """SIGKILL in the middle of the second checkpoint's write, once."""
+    fsync, seen = checkpoint.os.fsync, []
+
+    def killing(number):
+        if "step-" in os.readlink(f"/proc/self/fd/{number}"):
+            seen.append(number)
+        if len(seen) == 2 and not Path("killed").exists():
+            Path("killed").touch()
+            os.ftruncate(number, os.fstat(number).st_size // 2)
+            os.kill(os.getpid(), signal.SIGKILL)
+        fsync(number)
+    patch.setattr(checkpoint.os, "fsync", killing)
+
+
+def test_a_kill_in_the_middle_of_a_checkpoints_write(trained, launch, tmp_path):
+    for name in ("models", "pairs"):
+        os.symlink(trained(1)[3] / name, tmp_path / name)
+    words = [*REFLOW, "--out", "out"]
+    wait(launch(tmp_path, "train_reflow.py", words, 1, killed_while_it_writes), tmp_path, -signal.SIGKILL)
+    names = sorted(p.name for p in (tmp_path / "out" / "training").glob("step-*"))
+    assert names[0] == "step-00000005.safetensors" and names[1].startswith("step-00000010.safetensors.") and names[1].endswith(".tmp")
+    wait(launch(tmp_path, "train_reflow.py", words, 1, killed_while_it_writes), tmp_path)
+    assert_same_end(tmp_path, trained(1)[3])
+    assert not list((tmp_path / "out").rglob("*.tmp"))
+
+
+@pytest.mark.slow
+def test_torchrun_restarts_a_run_of_which_one_process_was_killed(world, tmp_path):
+    came, said = torchrun_disturbed(world, tmp_path, 1, signal.SIGKILL, "--iterations", "150")
+    assert came == 1 and "Traceback" not in said.split("ChildFailedError")[0]
 
 
 # --- a gradient that is none ---
