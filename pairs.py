@@ -273,13 +273,14 @@ def verify(words):
             tensors = {key: data._open(k).get_tensor(key) for key in ("latent", "seed", "index", "prompt", "prompt_end")}
             if tensors["index"].tolist() != list(range(start, end)) or set(tensors["seed"].tolist()) != {data.info["seed"]}:
                 raise UserError(f"{shard_path(args.pairs, k)} does not hold the pairs {start} to {end - 1} of seed {data.info['seed']}")
-            latent = tensors["latent"].double()
-            if not latent.isfinite().all():
-                bad = start + int((~latent.isfinite().flatten(1).all(1)).nonzero()[0])
-                raise UserError(f"{shard_path(args.pairs, k)}: the latent of pair {bad} is not finite")
+            latent = tensors["latent"]
+            finite = latent.isfinite().flatten(1).all(1)
+            if not finite.all():
+                raise UserError(f"{shard_path(args.pairs, k)}: the latent of pair {start + int(finite.int().argmin())} is not finite")
             for i in range(start, end):
                 data[i]                                    # its noise against its checksum, its prompt as UTF-8
-            total, squares, numbers = total + float(latent.sum()), squares + float(latent.square().sum()), numbers + latent.numel()
+            for x in latent.split(PART):                   # in float64, a part at a time
+                total, squares, numbers = total + float(x.double().sum()), squares + float(x.double().square().sum()), numbers + x.numel()
         except (UserError, UnicodeDecodeError) as error:
             wrong.append(str(error) if isinstance(error, UserError) else f"{shard_path(args.pairs, k)}: a prompt is not UTF-8 text")
     for line in wrong:
