@@ -50,22 +50,22 @@ def days(samples, speed):
 def table(measured, operations):
     """Lines of markdown: the paper's days, and for each device measured or of a known peak its days.
 
-    measured: {device: {"speed": {stage: samples/s}}}, one GPU each, full size. A device that was not measured is taken to reach the
-    share of its peak that the paper's A100 did, or where an A100-like figure is wanted from another GPU, that GPU's share."""
+    measured: {device: {"speed": {stage: samples/s}}}, one GPU each, full size. An A100 that was not measured is estimated from each
+    device that was, at the same share of its peak; an H100 that was not, from the paper's A100, likewise."""
     flop, columns = work(operations), {}
     share = {stage: sum(n * flop[stage] for _, s, n, _ in RECIPE if s == stage) / sum(d * 86400 for _, s, _, d in RECIPE if s == stage) / log.peak("A100") for stage in flop}
     for device, row in measured.items():
         columns[f"{device}, measured"] = [days(n, row["speed"][stage]) for _, stage, n, _ in RECIPE]
         if log.peak(device) and "A100" not in device:
             columns[f"A100, estimate from {device}"] = [days(n, row["speed"][stage]) * log.peak(device) / log.peak("A100") for _, stage, n, _ in RECIPE]
-    for device in ("A100", "H100"):
-        if not any(device in name for name in measured):
-            columns[f"{device}, estimate at the paper's share of the peak"] = [days(n, share[stage] * log.peak(device) / flop[stage]) for _, stage, n, _ in RECIPE]
+    if not any("H100" in name for name in measured):
+        columns["H100, estimate at the paper's share of the peak"] = [days(n, share[stage] * log.peak("H100") / flop[stage]) for _, stage, n, _ in RECIPE]
     lines = ["| stage | samples | TFLOP a sample | paper, A100-days | " + " | ".join(columns) + " |", "|---|---|---|---|" + "---|" * len(columns)]
     for i, (name, stage, samples, paper) in enumerate(RECIPE):
         lines.append(f"| {name} | {samples / 1e6:.2f} M | {flop[stage] / 1e12:.2f} | {paper:.1f} | " + " | ".join(f"{column[i]:.1f}" for column in columns.values()) + " |")
     lines.append(f"| all | | | {sum(paper for *_, paper in RECIPE):.1f} | " + " | ".join(f"{sum(column):.1f}" for column in columns.values()) + " |")
-    return lines + ["", "The paper's share of an A100's 312 TFLOP/s: " + ", ".join(f"{stage} {value:.0%}" for stage, value in share.items()) + "."]
+    return lines + ["", "The paper's share of an A100's 312 TFLOP/s, by its own days: " + ", ".join(f"{stage} {value:.0%}" for stage, value in share.items()) + ".",
+                    f"Measured at full size: {', '.join(measured) or 'nothing yet'}."]
 
 
 def speed_of(step, samples, device, least=3, seconds=20):
