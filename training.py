@@ -131,10 +131,13 @@ def distributed(module, world, *example):
 def checkpoint_gradients(net, device):
     """Keep only the input of each residual block and transformer for the backward pass, which computes the rest again
     (Chen et al. 2016): a third more work, and a fraction of the memory. `net` is changed; copy it before."""
+    def forward_as_before(forward, *inputs):               # the backward pass is outside `autocast`, and must choose the same kernels
+        with plain_attention(device):
+            return forward(*inputs)
     for module in net.modules():
         if type(module).__name__ in ("ResnetBlock", "Transformer"):
-            module.forward = functools.partial(checkpoint, module.forward, use_reentrant=False, preserve_rng_state=False,      # nothing here is random
-                                               context_fn=lambda: (plain_attention(device), plain_attention(device)))
+            again = functools.partial(forward_as_before, module.forward)
+            module.forward = functools.partial(checkpoint, again, use_reentrant=False, preserve_rng_state=False)              # nothing here is random
 
 
 def parts(net, size, count):
