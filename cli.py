@@ -86,7 +86,7 @@ def run(main):
         mend = "free some space and run the same line again: it goes on where it was" if error.errno == errno.ENOSPC else "check the path and its permissions"
         fail(f"{error.filename or 'disk'}: {error.strerror}; {mend}")
     except (RuntimeError, MemoryError) as error:
-        if "closed by peer" in str(error) or "reset by peer" in str(error) or type(error).__name__ in ("DistBackendError", "DistNetworkError"):
+        if "gloo" in str(error).lower() or type(error).__name__ in ("DistBackendError", "DistNetworkError"):
             fail(f"another process of this run has ended; its own message says why ({str(error).splitlines()[0][:150]})")
         if "out of memory" not in str(error).lower() and not isinstance(error, MemoryError):
             raise

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
@@ -54,7 +55,10 @@ def start(device=None, hours=24):
         device = f"cuda:{local}"
         torch.cuda.set_device(device)
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=timedelta(hours=hours))
+        store, rank, size = next(rendezvous("env://"))
+        if os.environ.get("GROUP_WORLD_SIZE") == "1":      # torchrun keeps its store over a restart, and in it the addresses of processes that are no more;
+            store = dist.PrefixStore(f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)       # on several nodes this count may differ: README
+        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", store=store, rank=rank, world_size=size, timeout=timedelta(hours=hours))
     return World(dist.get_rank(), dist.get_world_size(), torch.device(device))
 
 

@@ -342,7 +342,7 @@ def disturb(folder, words, script, kills, sent, draw):
         begun = steps_done(folder)                         # a life is long enough for some steps, or nothing would ever be done
         while process.poll() is None and steps_done(folder) <= begun:
             time.sleep(0.02)
-        time.sleep(draw.uniform(0, 5))
+        time.sleep(draw.uniform(0, 1.5))
         running = workers(process, script)
         if came < kills and len(running) == 2:
             os.kill(draw.choice(running), sent)
@@ -373,7 +373,7 @@ def torchrun_disturbed(world, folder, kills, sent, *words):
 @pytest.mark.slow
 @pytest.mark.parametrize("sent, kills", [(signal.SIGKILL, 20), (signal.SIGTERM, 5)], ids=["SIGKILL", "SIGTERM"])
 def test_torchrun_killed_at_random_moments_ends_as_if_it_had_not_been(world, tmp_path, sent, kills):
-    came, said = torchrun_disturbed(world, tmp_path, kills, sent, "--iterations", "2500", "--save-every", "20", "--log-every", "5")
+    came, said = torchrun_disturbed(world, tmp_path, kills, sent, "--iterations", "500", "--save-every", "10", "--log-every", "5")
     assert came == kills
 
 
