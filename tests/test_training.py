@@ -256,7 +256,7 @@ def test_a_safetensors_file_as_the_library_reads_it(tmp_path):
 
 def test_a_checkpoint_is_written_one_tensor_at_a_time(monkeypatch, tmp_path):
     """What is 14 GB at full size must not be in memory twice, let alone thrice."""
-    tensors = {str(i): torch.randn(4, 2 ** 16, 4, 4).to(memory_format=torch.channels_last) for i in range(8)}       # 16 MiB each
+    tensors = {str(i): torch.randn(2, 2 ** 16, 4, 4).to(memory_format=torch.channels_last) for i in range(24)}      # 8 MiB each
     resident, seen = lambda: int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 2 ** 20, []
 
     class Watching:
@@ -280,7 +280,7 @@ def test_a_checkpoint_is_written_one_tensor_at_a_time(monkeypatch, tmp_path):
         patch.setattr(checkpoint.os, "fsync", lambda number: None)
         patch.setattr(checkpoint.os, "replace", lambda a, b: None)
         training.write_tensors(tmp_path / "file", tensors)
-    assert len(seen) == 9 and max(seen) - before < 50
+    assert len(seen) == 25 and max(seen) - before < 96       # of 192; malloc keeps a few of what was freed
 
 
 def test_a_later_checkpoint_that_was_passed_over_keeps_its_place_to_itself(tmp_path):
