@@ -1,10 +1,18 @@
 """What every command line here shares: one-line errors with exit status 2, and files of prompts."""
 import argparse
 import errno
+import json
+import os
+import signal
 import sys
+import time
+import zlib
+from array import array
 from pathlib import Path
 
 from tqdm import tqdm
+
+KEYS = ("prompt", "caption", "text", "TEXT")               # where a JSON line may hold its prompt; LAION's own is TEXT
 
 
 class UserError(ValueError):
@@ -78,14 +86,19 @@ def run(main):
         mend = "free some space and run the same line again: it goes on where it was" if error.errno == errno.ENOSPC else "check the path and its permissions"
         fail(f"{error.filename or 'disk'}: {error.strerror}; {mend}")
     except (RuntimeError, MemoryError) as error:
+        if "gloo" in str(error).lower() or type(error).__name__ in ("DistBackendError", "DistNetworkError"):
+            fail(f"another process of this run has ended; its own message says why ({str(error).splitlines()[0][:150]})")
         if "out of memory" not in str(error).lower() and not isinstance(error, MemoryError):
             raise
-        fail("out of memory; give a smaller --batch, or smaller pictures")
+        fail("out of memory; give a smaller --batch, in training --accumulate or --checkpoint, or smaller pictures")
     except KeyboardInterrupt:
         sys.exit(130)
 
 
 def fail(message):
+    if int(os.environ.get("RANK", 0)):                     # the first process says what all have met, and torchrun ends the others meanwhile
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(5)
     tqdm.write(f"{Path(sys.argv[0]).name}: {' '.join(str(message).split())}", file=sys.stderr)      # not at the end of a progress bar
     sys.exit(2)
 
@@ -104,3 +117,45 @@ def read_prompts(path):
     if not prompts:
         raise UserError(f"{path} holds no prompt; write one prompt a line into it")
     return prompts
+
+
+class Prompts:
+    """The prompts of a text file, one a line, or of a .jsonl file, one JSON string or object with one of KEYS a line; blank ones
+    are skipped. len(), and prompts[i]: of millions of lines, only where each begins is kept (8 bytes). crc: CRC-32 of all of
+    them. Raises UserError, for any line, before work begins."""
+
+    def __init__(self, path):
+        self.path, self.crc, self.starts, place = Path(path), 0, array("q"), 0
+        try:
+            self.file = open(path, "rb")
+        except FileNotFoundError:
+            raise UserError(f"{path}: no such prompt file; write one prompt a line into it") from None
+        except IsADirectoryError:
+            raise UserError(f"{path} is a folder; name a text file with one prompt a line") from None
+        for number, line in enumerate(self.file, 1):
+            prompt = self._read(line, number)
+            if prompt:
+                self.crc = zlib.crc32(b"\n" * bool(self.starts) + prompt.encode(), self.crc)
+                self.starts.append(place)
+            place += len(line)
+        if not self.starts:
+            raise UserError(f"{path} holds no prompt; write one prompt a line into it")
+
+    def _read(self, line, number):
+        try:
+            text = line.decode("utf-8-sig").strip()
+            if not text or self.path.suffix not in (".jsonl", ".json", ".ndjson"):
+                return text
+            value = json.loads(text)
+            return " ".join((value if isinstance(value, str) else next(value[k] for k in KEYS if k in value)).split())
+        except UnicodeDecodeError:
+            raise UserError(f"{self.path}, line {number}: not UTF-8 text; save it as UTF-8, one prompt a line") from None
+        except (ValueError, TypeError, AttributeError, StopIteration):
+            raise UserError(f"{self.path}, line {number}: no JSON string, and no object with a string under {', '.join(KEYS)}; write one a line") from None
+
+    def __len__(self):
+        return len(self.starts)
+
+    def __getitem__(self, i):
+        self.file.seek(self.starts[i])
+        return self._read(self.file.readline(), i + 1)

@@ -10,8 +10,6 @@ First L2 between latents, then LPIPS between decoded images, as in the paper. Wi
 and its pairs, this is the baseline: direct distillation. InstaFlow-1.7B is --stacked: both halves start as the 2-rectified
 flow; its LPIPS stage takes the stacked L2 student, which stays stacked. Run the same line again and it goes on where it was.
 """
-import copy
-
 import torch
 import torch.nn.functional as F
 
@@ -52,30 +50,37 @@ def main():
     if 0 < args.lpips_size < 16:
         raise UserError(f"--lpips-size {args.lpips_size} is too small for VGG16, which halves a picture four times; give at least 16")
 
-    world = training.start(args.device)
+    world = training.start(args.device, hours=1)
     data, model = PairDataset(args.pairs), InstaFlow.load(args.model, world.device)
-    data.check(model)
+    data.check(model, args.model, seen=bool(model.info.get("trained_steps")))
     distance = LPIPS(args.vgg, args.linear).to(world.device) if args.loss == "lpips" else None
     if args.stacked and not model.unet.config.stacked:
         model.unet = StackedUNet.from_unet(model.unet)
     unet = model.unet.requires_grad_(True)
-    ema, optimizer, net = copy.deepcopy(unet).eval(), training.adamw(unet, args.lr, args.weight_decay), training.distributed(unet.train(), world)
+    ema, optimizer, net = training.prepare(unet, args, world)
+    if distance:                                           # a decoder's activations at 512 pixels are several GB a picture
+        training.checkpoint_gradients(model.vae, world.device)
     info = {"prediction": "velocity", "sampler": "euler", "steps": 1, "guidance": 1.0, "trained_steps": [1], "pairs": data.info}
-    folder = f"{args.out}/training"
-    for step, log, lr in training.steps(args, world, folder, unet, ema, optimizer, training.recipe(args) | {"pairs_made": data.info}, args.cosine):
-        rows = world.share(training.batch_indices(args.seed, step, args.batch, len(data)))
-        x0, x1, prompts = data.batch(rows)
-        x0, x1, t = x0.to(world.device), x1.to(world.device), torch.zeros(len(rows), device=world.device)
-        with training.autocast(world.device, args.float32):
-            with torch.no_grad():
-                context = model.text(prompts)
-            student = x0 + net(x0, timestep(t), context)                     # one Euler step from t = 0
-            losses = image_losses(student, x1, model, distance, args.lpips_size) if distance else (student - x1).square().mean((1, 2, 3))
-        losses.mean().backward()
-        log.add(losses, gradient=training.optimiser_step(optimizer, unet, lr, args.clip))
+    folder, operations = f"{args.out}/training", model.operations()
+    work = 3 * operations["unet"] + bool(distance) * 3 * operations["decoder"]               # both decoded, one of them with its gradient
+    batch = data.ahead(lambda step: world.share(training.batch_indices(args.seed, step, args.batch, len(data))))
+    for step, log, lr in training.steps(args, world, folder, unet, ema, optimizer, training.recipe(args) | {"pairs_made": data.info}, args.cosine, work):
+        (noise, latent, prompts), losses = batch(step), []
+        for part in training.parts(net, len(noise), args.accumulate):
+            x0, x1 = noise[part].to(world.device), latent[part].to(world.device)
+            with training.autocast(world.device, args.float32):
+                with torch.no_grad():
+                    context = model.text(prompts[part])
+                student = x0 + net(x0, timestep(torch.zeros(len(x0), device=world.device)), context)      # one Euler step from t = 0
+                loss = image_losses(student, x1, model, distance, args.lpips_size) if distance else (student - x1).square().mean((1, 2, 3))
+            (loss.sum() / len(noise)).backward()
+            losses.append(loss.detach())
+        log.add(torch.cat(losses), gradient=training.optimiser_step(optimizer, unet, lr, args.clip, args.explode))
         if world.rank == 0 and (step + 1) % args.sample_every == 0:
-            pictures = InstaFlow(ema, model.vae, model.text, info).generate(PROMPTS)
-            grid([pictures], None, PROMPTS).save(f"{folder}/samples-{step + 1:06d}.png")
+            preview = InstaFlow(ema, model.vae, model.text, {**info, "trained_steps": []})   # asked for more on purpose: to see what they do
+            with training.autocast(world.device, args.float32):
+                pictures = [preview.generate(PROMPTS, steps) for steps in (1, 4)]
+            grid(pictures, ["1 step", "4 steps"], PROMPTS).save(f"{folder}/samples-{step + 1:06d}.png")
     if world.rank == 0:
         InstaFlow(ema, model.vae, model.text, {**info, "made": training.made(folder, args.seed)}, model.base).save(args.out, dtype=torch.float16)
     training.finish()

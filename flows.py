@@ -27,13 +27,22 @@ def interpolate(x0, x1, t):
     return (1 - t) * x0 + t * x1
 
 
-def flow_loss(velocity, x0, x1, t, reduction="mean"):
-    """E ||(X1 - X0) - v(X_t, t)||^2 (the rectified flow objective), averaged over elements. reduction: "mean" -> 0-d, "none" -> [B]."""
+def flow_loss(velocity, x0, x1, t, reduction="mean", huber=False):
+    """E ||(X1 - X0) - v(X_t, t)||^2 (the rectified flow objective), averaged over elements. reduction: "mean" -> 0-d, "none" -> [B].
+    huber: `pseudo_huber` in place of the square."""
     if reduction not in ("mean", "none"):
         raise ValueError(f'reduction is {reduction!r}; it must be "mean" or "none"')
-    error = (x1 - x0) - velocity(interpolate(x0, x1, t), t)
-    losses = error.float().square().flatten(1).mean(1)
+    error = ((x1 - x0) - velocity(interpolate(x0, x1, t), t)).float().flatten(1)             # [B, d]
+    losses = pseudo_huber(error) if huber else error.square().mean(1)
     return losses.mean() if reduction == "mean" else losses
+
+
+def pseudo_huber(error):
+    """(sqrt(||e||^2 + c^2) - c) / d with c = 0.00054 d, of errors [B, d] -> [B] (Lee, Lin and Fanti 2024, section 4): large errors
+    count by their size, not its square."""
+    d = error.shape[1]
+    c = 0.00054 * d
+    return ((error.square().sum(1) + c * c).sqrt() - c) / d
 
 
 def sample_time(n, density="uniform", generator=None):

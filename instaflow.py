@@ -150,6 +150,12 @@ class InstaFlow:
                 raise UserError(f"{name} is {pixels}; it must be a multiple of {factor}")
         return self.unet.config.in_channels, (height or native) // factor, (width or native) // factor
 
+    def operations(self):
+        """Floating point operations of one forward pass for one picture of the trained size -> {"unet": int, "decoder": int}."""
+        latent, unet, vae, length = (1, *self.latent_shape()), self.unet.config, self.vae.config, self.text.config.max_position_embeddings
+        return {"unet": training.flops(lambda: type(self.unet)(unet)(torch.empty(latent), torch.empty(1), torch.empty(1, length, unet.cross_attention_dim))),
+                "decoder": training.flops(lambda: VAE(vae).decode(torch.empty(latent)))}
+
     def noise(self, seed, first, n, height=None, width=None, stream=0):
         """The noise of pictures first, first + 1, ... -> [n, 4, h, w]."""
         shape = self.latent_shape(height, width)

@@ -1,15 +1,24 @@
 """(noise, prompt, latent) triplets: a model's own pairs X0, X1 = ODE[v](X0 | T), which reflow and distillation train on.
 
     python pairs.py --model models/mini-sd --prompts captions.txt --steps 25 --guidance 2 --out pairs/sd
-    torchrun --nproc-per-node 8 pairs.py --model ... (the same): processes take whole shards; any number of them may go on
+    torchrun --nproc-per-node 8 pairs.py --model ... (the same): any number of processes may begin, and any number go on
+    python pairs.py verify  --pairs pairs/sd                        # every shard and every noise, read again
+    python pairs.py preview --pairs pairs/sd --out preview.png      # some of them decoded, with their prompts
 
-Pair i holds prompt i of the file and noise(1, seed, i). A shard is a safetensors file: latents in float16, the noise's
-name (seed, index) with a checksum in place of the noise itself, and the prompts. It is whole, or it is not there.
+Pair i holds prompt i of the file and noise(1, seed, i). A shard is a safetensors file of about 1 GB at full size: latents in float16,
+the noise's name (seed, index) with a checksum in place of the noise itself, and the prompts. A GPU needs hours for one, so it is
+made in parts of PART pairs, by whichever process comes to them: a kill loses a part of each process, minutes. When the last part
+of a shard is there, they become the shard. Shards and parts are whole, or they are not there.
 """
 import bisect
+import errno
 import json
+import os
 import re
+import sys
+import time
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -22,9 +31,11 @@ import flows
 import training
 import weights
 from cli import UserError
-from instaflow import InstaFlow
+from instaflow import InstaFlow, grid, to_pil
 
 STREAM = 1                                                 # sampling and evaluation have stream 0
+PART = 512                                                 # pairs: an A100 makes 200,000 a day (the paper's cost), so some four minutes
+SHARD = 2 ** 30                                            # bytes of latents, where --shard does not say otherwise
 
 
 def checksum(noise):
@@ -34,6 +45,18 @@ def checksum(noise):
 
 def shard_path(folder, number):
     return Path(folder) / f"shard-{number:05d}.safetensors"
+
+
+def part_path(folder, number, part, parts):
+    """Of a shard in several parts; the shard itself where it has but one."""
+    return Path(folder) / f"shard-{number:05d}-part-{part:05d}.safetensors" if parts > 1 else shard_path(folder, number)
+
+
+def plan(number, shard):
+    """How the work is divided, by index alone -> for each shard, the range of pairs of each of its parts."""
+    for start in range(0, number, shard):
+        end = min(start + shard, number)
+        yield [range(i, min(i + PART, end)) for i in range(start, end, PART)]
 
 
 def open_shard(path):
@@ -63,6 +86,21 @@ def generate(model, prompts, indices, args):
             "prompt_end": torch.tensor(np.cumsum([len(w) for w in words]))}
 
 
+def merge(folder, k, parts):
+    """The parts of shard k, made into it. Killed in between, the shard is there, and the next run removes what is left."""
+    paths = [part_path(folder, k, j, len(parts)) for j in range(len(parts))]
+    opened = [open_shard(path) for path in paths]
+    for path, file, rows in zip(paths, opened, parts):
+        if file.get_tensor("index").tolist() != list(rows):
+            raise UserError(f"{path} holds other pairs than {rows.start} to {rows.stop - 1}; delete it and run the same line again")
+    tensors = {key: torch.cat([file.get_tensor(key) for file in opened]) for key in opened[0].keys()}
+    before = np.cumsum([0] + [len(file.get_tensor("prompt")) for file in opened[:-1]])         # bytes of prompts in the parts before
+    tensors["prompt_end"] = torch.cat([file.get_tensor("prompt_end") + int(n) for file, n in zip(opened, before)])
+    training.write_tensors(shard_path(folder, k), tensors, opened[0].metadata())
+    for path in paths:
+        path.unlink()
+
+
 class PairDataset:
     """Read pairs back: dataset[i] -> {"noise": [4, h, w], "latent": [4, h, w], "prompt": str}, float32, on the CPU.
 
@@ -71,7 +109,7 @@ class PairDataset:
     """
 
     def __init__(self, folder):
-        self.folder, self.shards, self.ends = Path(folder), {}, []
+        self.folder, self.shards, self.sizes, self.ends = Path(folder), {}, {}, []
         numbers = sorted(int(m[1]) for p in self.folder.glob("shard-*.safetensors") if (m := re.fullmatch(r"shard-(\d+)", p.stem)))
         if not numbers:
             raise UserError(f"{folder} holds no pairs; make them with pairs.py --out {folder}")
@@ -79,14 +117,23 @@ class PairDataset:
         count, size = self.info["number"], self.info["shard"]
         missing = sorted(set(range(-(-count // size))) - set(numbers))
         if missing:
-            raise UserError(f"{shard_path(folder, missing[0])} is missing ({len(missing)} shards in all); run the same pairs.py line again to make what is missing")
+            raise self._missing(missing[0], f" ({len(missing)} shards in all)")
         for number in numbers:
             self._open(number)                             # a cut file shows now, not hours into a training
         self.ends = [min((k + 1) * size, count) for k in range(len(numbers))]
 
+    def _missing(self, number, more=""):
+        return UserError(f"{shard_path(self.folder, number)} is missing{more}; run the same pairs.py line again to make what is missing")
+
     def _open(self, number):
-        if number not in self.shards:
-            self.shards[number] = open_shard(shard_path(self.folder, number))
+        path = shard_path(self.folder, number)
+        try:
+            if number not in self.shards:
+                self.shards[number], self.sizes[number] = open_shard(path), os.stat(path).st_size
+            elif os.stat(path).st_size != self.sizes[number]:                # to read beyond a mapped file's end would be the process's end, without a word
+                raise UserError(f"{path} was changed while it was in use; delete it and run the same pairs.py line again")
+        except FileNotFoundError:
+            raise self._missing(number) from None
         return self.shards[number]
 
     def __len__(self):
@@ -110,51 +157,157 @@ class PairDataset:
         rows = [self[int(i)] for i in indices]
         return torch.stack([r["noise"] for r in rows]), torch.stack([r["latent"] for r in rows]), [r["prompt"] for r in rows]
 
-    def check(self, model):
-        """Raises UserError where these pairs' latents are not of `model`'s shape."""
+    def ahead(self, rows):
+        """-> a function step -> the batch of rows(step), which has the next step's read in a thread meanwhile."""
+        pool, coming = ThreadPoolExecutor(1), {}
+        read = lambda step: self.batch(rows(step))
+
+        def batch(step):
+            ready = coming.pop(step, None) or pool.submit(read, step)
+            coming[step + 1] = pool.submit(read, step + 1)
+            return ready.result()
+        return batch
+
+    def check(self, model, path=None, seen=True):
+        """Raises UserError where these pairs' latents are not of `model`'s shape, or (path: its folder) were made by other weights.
+        seen: what was trained on these very pairs may go on with them."""
         shape = tuple(self[0]["latent"].shape)
         if shape != model.latent_shape():
             raise UserError(f"{self.folder} holds latents of shape {list(shape)}, but the model's are {list(model.latent_shape())}; make pairs with this model's teacher")
+        made_by, trained_on = self.info.get("weights"), (model.info.get("pairs") or {}).get("weights")
+        if path and made_by not in (None, weights.checksum(weights.locate(path))) and not (seen and trained_on == made_by):
+            raise UserError(f"{self.folder} was made by {self.info['model']} as its weights were then, and --model {path} has others; give the model that made the pairs, or make pairs with this one")
 
 
-def main():
+def make(words):
     parser = cli.Parser(__doc__)
     parser.add_argument("--model", required=True, help="the model whose ODE is solved")
-    parser.add_argument("--prompts", required=True, help="a text file, one prompt a line")
+    parser.add_argument("--prompts", required=True, help="a text file, one prompt a line, or a .jsonl file")
     parser.add_argument("--out", required=True, help="folder of shards; what is there is not made again")
     parser.add_argument("--number", type=cli.positive, help="pairs in all (default: one a prompt; more go round the file again)")
     parser.add_argument("--steps", type=cli.positive, help="of the sampler (the paper: 25; default: the model's own)")
     parser.add_argument("--guidance", type=cli.number(), help="the paper: 5.0 on Stable Diffusion's noise, 1.5 on the 2-rectified flow's velocity")
     parser.add_argument("--seed", type=cli.seed, default=0, help="of the noise, in stream 1")
     parser.add_argument("--batch", type=cli.positive, default=64, help="pictures at a time")
-    parser.add_argument("--shard", type=cli.positive, default=1024, help="pairs a file: what a kill loses at most")
+    parser.add_argument("--shard", type=cli.positive, help="pairs a file (default: the folder's, or what makes about 1 GB)")
     parser.add_argument("--float32", action="store_true", help="no bf16")
     parser.add_argument("--device", type=cli.device, help="default: the GPU where there is one")
-    args = parser.parse_args()
+    args = parser.parse_args(words)
 
     world = training.start(args.device)
-    prompts = cli.read_prompts(args.prompts)
+    prompts = cli.Prompts(args.prompts)
     model = InstaFlow.load(args.model, world.device)
+    first = next(iter(sorted(Path(args.out).glob("shard-*.safetensors"))), None)             # a part tells as much as a shard
+    old = json.loads(open_shard(first).metadata()["json"]) if first else {}
     args.steps = args.steps or model.info["steps"]
     args.guidance = model.info["guidance"] if args.guidance is None else args.guidance
+    args.shard = args.shard or old.get("shard") or max(SHARD // (2 * int(np.prod(model.latent_shape()))) // PART, 1) * PART
     number = args.number or len(prompts)
     info = {"model": args.model, "weights": weights.checksum(weights.locate(args.model)), "sampler": model.info["sampler"], "steps": args.steps, "guidance": args.guidance, "number": number,
-            "shard": args.shard, "seed": args.seed, "prompts": zlib.crc32("\n".join(prompts).encode())}
-    first = next(iter(sorted(Path(args.out).glob("shard-*.safetensors"))), None)
-    if first and (old := json.loads(open_shard(first).metadata()["json"])) != info:
+            "shard": args.shard, "seed": args.seed, "prompts": prompts.crc}
+    if first and old != info:
         changed = [k for k in info if old.get(k) != info[k]]
         raise UserError(f"{args.out} holds pairs made otherwise ({', '.join(changed)} differ); give the same settings, or another --out")
-    todo = [k for k in range(-(-number // args.shard)) if not shard_path(args.out, k).exists()]
-    training.barrier()                                     # nobody writes before all have looked
-    done = number - sum(min(args.shard, number - k * args.shard) for k in todo)
-    bar = tqdm(total=number, initial=done, desc="pairs", unit="pair", disable=world.rank > 0, mininterval=1)
-    for k in todo[world.rank::world.size]:
-        indices = range(k * args.shard, min((k + 1) * args.shard, number))
-        training.write_tensors(shard_path(args.out, k), generate(model, prompts, indices, args), {"json": json.dumps(info)})
-        bar.update(len(indices) * world.size)
+
+    shards = list(plan(number, args.shard))
+    work = [(k, j) for k, parts in enumerate(shards) for j in range(len(parts))]
+    there = lambda k, j: shard_path(args.out, k).exists() or part_path(args.out, k, j, len(shards[k])).exists()
+    if world.rank == 0:
+        os.makedirs(args.out, exist_ok=True)               # a folder that cannot be written shows now, not after the first part
+        if not os.access(args.out, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), args.out)
+        training.clean(args.out)
+    done = training.from_first(world, [world.rank == 0 and there(k, j) for k, j in work])    # one process looks: all go by the same list
+    todo = [(k, j) for (k, j), made in zip(work, done) if not made]
+    mine = [k for k in range(len(shards)) if len(shards[k]) > 1][world.rank::world.size]     # the shards that this process puts together
+
+    def put_together():
+        for k in list(mine):
+            parts = [part_path(args.out, k, j, len(shards[k])) for j in range(len(shards[k]))]
+            if shard_path(args.out, k).exists():
+                for path in parts:
+                    path.unlink(missing_ok=True)
+            elif all(path.exists() for path in parts):
+                merge(args.out, k, shards[k])
+            else:
+                continue
+            mine.remove(k)
+
+    count, begun = sum(len(shards[k][j]) for k, j in todo), time.time()
+    bar = tqdm(total=number, initial=number - count, desc="pairs", unit="pair", disable=world.rank > 0, mininterval=1)
+    for k, j in todo[world.rank::world.size]:
+        rows = shards[k][j]
+        training.write_tensors(part_path(args.out, k, j, len(shards[k])), generate(model, prompts, rows, args), {"json": json.dumps(info)})
+        put_together()
+        bar.update(len(rows) * world.size)
+    training.barrier()                                     # now every part is there
+    put_together()
     training.barrier()
     bar.close()
+    if world.rank == 0 and count:
+        seconds = time.time() - begun
+        print(f"{count} pairs in {seconds:.0f} s: {count / seconds:.2f} a second, by {world.size} x {training.hardware()}", file=sys.stderr)
     training.finish()
+
+
+def verify(words):
+    """Read every pair again and make every noise again; exit status 2 and a line for each shard that is not as it should be."""
+    parser = cli.Parser(verify.__doc__, prog="pairs.py verify")
+    parser.add_argument("--pairs", required=True, help="folder written by pairs.py")
+    args = parser.parse_args(words)
+    data, wrong, total, squares, numbers = PairDataset(args.pairs), [], 0.0, 0.0, 0
+    for k, end in enumerate(tqdm(data.ends, desc="shards", unit="shard", mininterval=1)):
+        start = data.ends[k - 1] if k else 0
+        try:
+            tensors = {key: data._open(k).get_tensor(key) for key in ("latent", "seed", "index", "prompt", "prompt_end")}
+            if tensors["index"].tolist() != list(range(start, end)) or set(tensors["seed"].tolist()) != {data.info["seed"]}:
+                raise UserError(f"{shard_path(args.pairs, k)} does not hold the pairs {start} to {end - 1} of seed {data.info['seed']}")
+            latent = tensors["latent"]
+            finite = latent.isfinite().flatten(1).all(1)
+            if not finite.all():
+                raise UserError(f"{shard_path(args.pairs, k)}: the latent of pair {start + int(finite.int().argmin())} is not finite")
+            for i in range(start, end):
+                data[i]                                    # its noise against its checksum, its prompt as UTF-8
+            for x in latent.split(PART):                   # in float64, a part at a time
+                total, squares, numbers = total + float(x.double().sum()), squares + float(x.double().square().sum()), numbers + x.numel()
+        except (UserError, UnicodeDecodeError) as error:
+            wrong.append(str(error) if isinstance(error, UserError) else f"{shard_path(args.pairs, k)}: a prompt is not UTF-8 text")
+    for line in wrong:
+        tqdm.write(line)
+    if wrong:
+        raise UserError(f"{args.pairs}: {len(wrong)} of {len(data.ends)} shards are wrong; delete them and run the same pairs.py line again")
+    mean = total / numbers
+    print(f"{args.pairs}: {len(data)} pairs in {len(data.ends)} shards, all as they should be; latents {list(latent.shape[1:])}, mean {mean:.3f}, "
+          f"deviation {(squares / numbers - mean * mean) ** 0.5:.3f}; by {data.info['model']}, {data.info['steps']} {data.info['sampler']} steps, guidance {data.info['guidance']}")
+
+
+def preview(words):
+    """Decode a few pairs, evenly spread, with their prompts above."""
+    parser = cli.Parser(preview.__doc__, prog="pairs.py preview")
+    parser.add_argument("--pairs", required=True, help="folder written by pairs.py")
+    parser.add_argument("--out", default="preview.png", help="a .png file")
+    parser.add_argument("--number", type=cli.positive, default=8, help="pictures")
+    parser.add_argument("--model", help="whose decoder (default: the model that made the pairs)")
+    parser.add_argument("--device", type=cli.device, help="default: the GPU where there is one")
+    args = parser.parse_args(words)
+    if Path(args.out).suffix != ".png":
+        raise UserError(f"--out {args.out} is no .png file; give it that ending")
+    data = PairDataset(args.pairs)
+    model = InstaFlow.load(args.model or data.info["model"], training.start(args.device).device)
+    data.check(model)
+    rows = np.linspace(0, len(data) - 1, min(args.number, len(data))).round().astype(int)
+    _, latents, prompts = data.batch(rows)
+    pictures = [to_pil(model.decode(x[None].to(model.device)))[0] for x in latents]
+    grid([pictures], None, [f"{i}: {prompt}" for i, prompt in zip(rows, prompts)]).save(args.out)
+    print(args.out)
+
+
+def main():
+    commands, words = {"verify": verify, "preview": preview}, sys.argv[1:]
+    if words and words[0] in commands:
+        commands[words[0]](words[1:])
+    else:
+        make(words)
 
 
 if __name__ == "__main__":

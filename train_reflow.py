@@ -1,14 +1,13 @@
 """Reflow, the paper's Algorithm 1: retrain a flow on its teacher's own (noise, image) pairs, which straightens it.
 
     python train_reflow.py --model models/mini-sd --pairs pairs/sd --out models/mini-2rf
+    python train_reflow.py --model 2rf-64 --pairs pairs/sd --out 2rf --batch 1024 --accumulate 64 --iterations 25000      # one GPU, the large batch
     torchrun --nproc-per-node 8 train_reflow.py ...                                                     # one node
     torchrun --nnodes 4 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 train_reflow.py ...
 
 The defaults are the paper's. The teacher's U-Net is the initialisation as it is, also where it predicts noise: it is
 fine-tuned to give the velocity. Run the same line again and it goes on where it was.
 """
-import copy
-
 import numpy as np
 import torch
 
@@ -25,32 +24,37 @@ def main():
     parser.add_argument("--pairs", required=True, help="folder written by pairs.py")
     parser.add_argument("--out", required=True, help="folder of the new model; checkpoints and log in its training/")
     parser.add_argument("--drop", type=cli.number(0, 1), default=0.1, help="share of prompts made NULL, so that guidance other than 1 stays calibrated")
-    parser.add_argument("--density", choices=("uniform", "u-shaped"), default="uniform", help="of t; the paper: uniform")
+    parser.add_argument("--density", choices=("uniform", "u-shaped"), default="uniform", help="of t; the paper: uniform; u-shaped: Lee et al. 2024")
+    parser.add_argument("--huber", action="store_true", help="pseudo-Huber loss (Lee et al. 2024); the paper: the square")
     training.add_flags(parser)
     args = parser.parse_args()
 
-    world = training.start(args.device)
+    world = training.start(args.device, hours=1)
     data, model = PairDataset(args.pairs), InstaFlow.load(args.model, world.device)
-    data.check(model)
+    data.check(model, args.model)
     unet = model.unet.requires_grad_(True)
-    ema, optimizer, net = copy.deepcopy(unet).eval(), training.adamw(unet, args.lr, args.weight_decay), training.distributed(unet.train(), world)
+    ema, optimizer, net = training.prepare(unet, args, world)
     info = {"prediction": "velocity", "sampler": "euler", "steps": 25, "guidance": 1.5, "pairs": data.info}
-    folder = f"{args.out}/training"
-    for step, log, lr in training.steps(args, world, folder, unet, ema, optimizer, training.recipe(args) | {"pairs_made": data.info}, args.cosine):
-        rows = world.share(training.batch_indices(args.seed, step, args.batch, len(data)))
+    folder, work = f"{args.out}/training", 3 * model.operations()["unet"]                   # a backward pass is two forward ones
+    batch = data.ahead(lambda step: world.share(training.batch_indices(args.seed, step, args.batch, len(data))))
+    for step, log, lr in training.steps(args, world, folder, unet, ema, optimizer, training.recipe(args) | {"pairs_made": data.info}, args.cosine, work):
         rng = training.step_generator(args.seed, step)
         t = world.share(flows.sample_time(args.batch, args.density, rng)).to(world.device)
         dropped = world.share(rng.random(args.batch) < args.drop)
-        x0, x1, prompts = data.batch(rows)
-        with torch.no_grad(), training.autocast(world.device, args.float32):
-            context = model.text(np.where(dropped, "", prompts).tolist())
-        with training.autocast(world.device, args.float32):
-            losses = flows.flow_loss(lambda x, t: net(x, timestep(t), context), x0.to(world.device), x1.to(world.device), t, "none")
-        losses.mean().backward()
-        log.add(losses, t, gradient=training.optimiser_step(optimizer, unet, lr, args.clip))
+        (x0, x1, prompts), losses = batch(step), []
+        for part in training.parts(net, len(x0), args.accumulate):
+            with training.autocast(world.device, args.float32):
+                with torch.no_grad():
+                    context = model.text(np.where(dropped[part], "", prompts[part]).tolist())
+                loss = flows.flow_loss(lambda x, t: net(x, timestep(t), context), x0[part].to(world.device), x1[part].to(world.device), t[part], "none", args.huber)
+            (loss.sum() / len(x0)).backward()
+            losses.append(loss.detach())
+        log.add(torch.cat(losses), t, gradient=training.optimiser_step(optimizer, unet, lr, args.clip, args.explode))
         if world.rank == 0 and (step + 1) % args.sample_every == 0:
             preview = InstaFlow(ema, model.vae, model.text, info)
-            grid([preview.generate(PROMPTS, steps) for steps in (1, 2, 25)], ["1 step", "2 steps", "25 steps"], PROMPTS).save(f"{folder}/samples-{step + 1:06d}.png")
+            with training.autocast(world.device, args.float32):
+                pictures = [preview.generate(PROMPTS, steps) for steps in (1, 2, 25)]
+            grid(pictures, ["1 step", "2 steps", "25 steps"], PROMPTS).save(f"{folder}/samples-{step + 1:06d}.png")
     if world.rank == 0:
         InstaFlow(ema, model.vae, model.text, {**info, "made": training.made(folder, args.seed)}, model.base).save(args.out, dtype=torch.float16)
     training.finish()

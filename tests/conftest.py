@@ -111,6 +111,11 @@ def command(monkeypatch, capsys):
     return run
 
 
+def without_time(lines):
+    """Lines of a training's log, but for what no two runs have alike."""
+    return [{k: v for k, v in line.items() if k not in ("seconds", "samples_per_second", "memory_gib", "hours_left")} for line in lines]
+
+
 def one_line(result, *words):
     """Whether a command line's result is what a user's mistake must give: status 2 and one line on stderr, with these words."""
     status, out, err = result

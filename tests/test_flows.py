@@ -95,6 +95,29 @@ def u_shaped_cdf(t, a=4.0):
     return (np.expm1(a * u) + math.exp(a) - np.exp(a * (1 - u))) / (2 * math.expm1(a))
 
 
+def test_pseudo_huber_in_closed_form():
+    """At ||e|| = sqrt(3) c it is (2c - c) / d = 0.00054, whatever d; far out it is ||e|| / d - 0.00054; near 0, ||e||^2 / (2 c d)."""
+    for shape in ((4, 8, 8), (4, 64, 64)):
+        d = int(np.prod(shape))
+        c, direction = 0.00054 * d, torch.randn(1, d, dtype=torch.float64)
+        at = lambda norm: flows.pseudo_huber(norm * direction / direction.norm()).item()
+        assert at(3 ** 0.5 * c) == pytest.approx(0.00054, rel=1e-12)
+        assert at(1e6 * c) == pytest.approx(1e6 * c / d - 0.00054, rel=1e-6)
+        assert at(1e-3 * c) == pytest.approx(1e-6 * c / (2 * d), rel=1e-6)
+        assert at(0.0) == 0
+
+
+def test_pseudo_huber_is_the_flow_loss_of_the_same_errors():
+    x0, x1, t = torch.randn(3, 4, 5, 5), torch.randn(3, 4, 5, 5), torch.tensor([0.1, 0.5, 0.9])
+    velocity = lambda x, t: x.sin()
+    error = ((x1 - x0) - velocity(flows.interpolate(x0, x1, t), t)).flatten(1)
+    wanted = torch.stack([(torch.sqrt((e ** 2).sum() + (0.054) ** 2) - 0.054) / 100 for e in error])
+    losses = flows.flow_loss(velocity, x0, x1, t, "none", huber=True)
+    assert torch.allclose(losses, wanted, rtol=1e-5) and losses.shape == (3,)
+    assert flows.flow_loss(velocity, x0, x1, t, huber=True) == pytest.approx(wanted.mean().item(), rel=1e-5)
+    assert not torch.allclose(losses, flows.flow_loss(velocity, x0, x1, t, "none"))
+
+
 @pytest.mark.parametrize("density, cdf", [("uniform", stats.uniform.cdf), ("u-shaped", u_shaped_cdf)])
 def test_sample_time_has_its_density(density, cdf):
     n = 1_000_000  # tells a = 4 from 3.9

@@ -1,15 +1,20 @@
+import json
 import os
+import re
 import subprocess
 import sys
+import tracemalloc
 import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+import cli
 import pairs
 from cli import UserError
 from conftest import one_line
@@ -248,5 +253,152 @@ def test_mistakes_in_the_command_line(again, copy, tiny):
     assert one_line(again("--model", copy / "none"), copy / "none", "no such model folder")
     (copy / "file").write_text("")
     for words, named in ((["--out", copy / "file" / "pairs"], f"pairs.py: {copy / 'file'}"), (["--steps", 1000, "--out", copy / "other"], "pairs.py: steps is 1000")):
-        status, out, err = again(*words)                   # what shows only when the work begins: below the progress bar
-        assert status == 2 and f"\r{named}" in err and "Traceback" not in err
+        status, out, err = again(*words)                   # the second shows only when the work begins: below the progress bar
+        assert status == 2 and any(line.startswith(named) for line in re.split("[\r\n]", err)) and "Traceback" not in err
+
+
+# --- prompts ---
+
+def test_prompts_are_the_lines_of_a_file(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_bytes("\ufeff  first \r\n\n\t\nein grüner Ring 🟢\nlast".encode())
+    prompts = cli.Prompts(path)
+    assert len(prompts) == 3 and [prompts[i] for i in (2, 0, 1)] == ["last", "first", "ein grüner Ring 🟢"]
+    assert prompts.crc == zlib.crc32("first\nein grüner Ring 🟢\nlast".encode()) and list(prompts) == cli.read_prompts(path)
+
+
+def test_json_lines_are_prompts_too(tmp_path):
+    path, text = tmp_path / "prompts.jsonl", tmp_path / "prompts.txt"
+    lines = [json.dumps("a string"), "", json.dumps({"url": "x", "caption": "with a\nline break"}), json.dumps({"TEXT": "ünï", "id": 3}), json.dumps({"prompt": " "})]
+    path.write_text("\n".join(lines))
+    prompts = cli.Prompts(path)
+    assert list(prompts) == ["a string", "with a line break", "ünï"]
+    text.write_text("\n".join(prompts))
+    assert cli.Prompts(text).crc == prompts.crc            # the same pairs, whichever file they came from
+
+
+@pytest.mark.parametrize("line", ['{"caption": "cut', '{"url": "x"}', "3", "null", '{"prompt": null}', "[]"])
+def test_a_json_line_without_a_prompt_is_named(tmp_path, line):
+    (tmp_path / "p.jsonl").write_text('"fine"\n' + line + "\n")
+    with pytest.raises(UserError, match="p.jsonl, line 2: no JSON string"):
+        cli.Prompts(tmp_path / "p.jsonl")
+
+
+def test_bytes_that_are_no_text_are_named(tmp_path):
+    (tmp_path / "p.txt").write_bytes(b"fine\n\xff\xfe\n")
+    with pytest.raises(UserError, match="p.txt, line 2: not UTF-8"):
+        cli.Prompts(tmp_path / "p.txt")
+    (tmp_path / "p.txt").write_bytes(b"\n \n")
+    with pytest.raises(UserError, match="holds no prompt"):
+        cli.Prompts(tmp_path / "p.txt")
+
+
+def test_millions_of_prompts_are_not_held(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_text("".join(f"{i} {'x' * 200}\n" for i in range(20_000)))
+    tracemalloc.start()
+    prompts = cli.Prompts(path)
+    held = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    assert len(prompts) == 20_000 and prompts[19_999].startswith("19999 x")
+    assert held < 20_000 * 12 + 50_000                     # 8 bytes a prompt, not 200
+
+
+# --- parts and shards ---
+
+@pytest.mark.parametrize("number, shard", [(1, 1), (36, 20), (512, 1024), (513, 1024), (5000, 1300), (1_600_000, 32768)])
+def test_the_plan_covers_every_pair_once(number, shard):
+    shards = list(pairs.plan(number, shard))
+    assert [i for parts in shards for rows in parts for i in rows] == list(range(number))
+    assert all(len(rows) <= pairs.PART for parts in shards for rows in parts)
+    assert [sum(map(len, parts)) for parts in shards] == [min(shard, number - start) for start in range(0, number, shard)]
+
+
+def test_a_shard_is_about_a_gigabyte_unless_told(command, tiny, tmp_path, copy, again):
+    (tmp_path / "two.txt").write_text("a\nb\n")
+    assert command("pairs.py", "--model", tiny / "flow", "--prompts", tmp_path / "two.txt", "--out", tmp_path / "new", "--steps", 1, "--device", "cpu")[0] == 0
+    assert pairs.PairDataset(tmp_path / "new").info["shard"] == 2 ** 30 // (2 * 4 * 8 * 8)
+    shard(1, copy).unlink()                                # a folder that was begun with another size goes on with it
+    words = line(tiny, copy)
+    at = words.index("--shard")
+    assert command("pairs.py", *words[:at], *words[at + 2:])[0] == 0 and len(pairs.PairDataset(copy / "pairs")) == NUMBER
+
+
+def test_a_shard_cut_or_deleted_while_it_is_in_use_is_named(copy):
+    """A mapped file that is cut would end the process by SIGBUS."""
+    data = pairs.PairDataset(copy / "pairs")
+    data[0], data[17]
+    os.truncate(shard(2, copy), 100)
+    with pytest.raises(UserError, match="was changed while it was in use; delete it and run the same pairs.py line again") as error:
+        data[17]
+    assert str(shard(2, copy)) in str(error.value)
+    shard(3, copy).unlink()
+    with pytest.raises(UserError, match="is missing; run the same pairs.py line again"):
+        data[25]
+    data[0]
+
+
+def test_batches_ahead_are_the_batches(made):
+    data = pairs.PairDataset(made / "pairs")
+    ahead = data.ahead(lambda step: np.array([step, (7 * step + 3) % NUMBER]))
+    for step in (0, 1, 2, 5, 6):                           # also where a step is left out
+        noise, latent, prompts = ahead(step)
+        wanted = data.batch([step, (7 * step + 3) % NUMBER])
+        assert torch.equal(noise, wanted[0]) and torch.equal(latent, wanted[1]) and prompts == wanted[2]
+
+
+def test_pairs_of_other_weights_are_refused(made, copy, tiny, command):
+    data, teacher, flow = pairs.PairDataset(made / "pairs"), InstaFlow.load(tiny / "teacher"), InstaFlow.load(tiny / "flow")
+    data.check(teacher, tiny / "teacher")
+    result = command("train_reflow.py", "--model", tiny / "flow", "--pairs", copy / "pairs", "--out", copy / "out", "--device", "cpu")
+    assert one_line(result, copy / "pairs", "was made by", "as its weights were then", tiny / "flow") and not (copy / "out").exists()
+    flow.info["pairs"] = data.info                         # a student of these very pairs
+    data.check(flow, tiny / "flow")
+    with pytest.raises(UserError, match="was made by"):
+        data.check(flow, tiny / "flow", seen=False)        # distillation: the 2-rectified flow with the pairs it was trained on, not its own
+    data.info.pop("weights")                               # pairs from before it was written down
+    data.check(InstaFlow.load(tiny / "teacher"), tiny / "flow")
+
+
+# --- verify and preview ---
+
+def test_verify_says_what_is_there(command, made, copy):
+    status, out, err = command("pairs.py", "verify", "--pairs", made / "pairs")
+    x = torch.cat([load_file(shard(k, made))["latent"] for k in range(6)]).float()
+    assert status == 0 and out.startswith(f"{made / 'pairs'}: 42 pairs in 6 shards, all as they should be; latents [4, 8, 8], mean {x.mean():.3f}, deviation {x.std(correction=0):.3f}; ")
+    assert "3 dpm steps, guidance 2.0" in out
+
+
+SPOILT = [("checksum", lambda t: t["checksum"].__setitem__(3, 5), "was made from another noise"), ("latent", lambda t: t["latent"].__setitem__((1, 0, 0, 0), float("nan")), "the latent of pair 17 is not finite"),
+          ("index", lambda t: t["index"].__setitem__(0, 15), "does not hold the pairs 16 to 23"), ("prompt", lambda t: t["prompt"].__setitem__(0, 255), "not UTF-8"),
+          ("rows", lambda t: t.update({k: v[:4] for k, v in t.items() if k != "prompt"}), "does not hold the pairs 16 to 23")]
+
+
+@pytest.mark.parametrize("change, said", [row[1:] for row in SPOILT], ids=[row[0] for row in SPOILT])
+def test_verify_names_what_is_wrong(command, copy, change, said):
+    edit(shard(2, copy), change)
+    edit(shard(4, copy), lambda t: t["seed"].__setitem__(0, 99))
+    status, out, err = command("pairs.py", "verify", "--pairs", copy / "pairs")
+    assert status == 2 and said in out and len(out.strip().splitlines()) == 2 and "shard-00004" in out
+    assert f"{copy / 'pairs'}: 2 of 6 shards are wrong; delete them" in err and "Traceback" not in err
+    shard(5, copy).unlink()
+    assert one_line(command("pairs.py", "verify", "--pairs", copy / "pairs"), shard(5, copy), "is missing")
+
+
+def test_preview_decodes_pairs_under_their_prompts(command, made, tiny, tmp_path, monkeypatch):
+    shown = []
+    monkeypatch.setattr(pairs, "grid", lambda rows, labels, columns: shown.append((rows, columns)) or rows[0][0])
+    status, out, err = command("pairs.py", "preview", "--pairs", made / "pairs", "--out", tmp_path / "p.png", "--number", 3, "--device", "cpu")
+    assert status == 0 and out == f"{tmp_path / 'p.png'}\n" and Image.open(tmp_path / "p.png").size == (16, 16)
+    (pictures,), columns = shown[0]
+    assert columns == [f"{i}: {PROMPTS[i % 7]}" for i in (0, 20, 41)]
+    model, data = InstaFlow.load(tiny / "teacher"), pairs.PairDataset(made / "pairs")
+    wanted = ((model.decode(data[20]["latent"][None])[0].permute(1, 2, 0) + 1) * 127.5).round().clamp(0, 255).numpy()
+    assert np.abs(np.asarray(pictures[1]).astype(float) - wanted).max() <= 1
+
+
+def test_mistakes_of_verify_and_preview(command, made, tmp_path):
+    assert one_line(command("pairs.py", "verify"), "pairs.py verify", "--pairs")
+    assert one_line(command("pairs.py", "verify", "--pairs", tmp_path), tmp_path, "holds no pairs")
+    assert one_line(command("pairs.py", "preview", "--pairs", made / "pairs", "--out", "p.jpg"), "--out p.jpg")
+    assert one_line(command("pairs.py", "preview", "--pairs", made / "pairs", "--model", tmp_path / "none"), tmp_path / "none")

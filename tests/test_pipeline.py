@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 import flows
 import training
-from conftest import one_line, relative_error
+from conftest import one_line, without_time
 from instaflow import InstaFlow, timestep
 from lpips import BLOCKS, LPIPS
 from pairs import PairDataset
@@ -284,8 +284,7 @@ def assert_undisturbed(folder, pipeline, stage):
         for k in a:
             assert torch.equal(a[k], b[k]), f"{name}: {k} differs by {(a[k].float() - b[k].float()).abs().max()}"
     if not stage.startswith("pairs"):
-        strip = lambda lines: [{k: v for k, v in line.items() if k not in ("seconds", "samples_per_second")} for line in lines]
-        assert strip(read_log(folder, stage)) == strip(read_log(pipeline, stage))
+        assert without_time(read_log(folder, stage)) == without_time(read_log(pipeline, stage))
         assert not list((folder / OUT[stage] / "training").glob("*.tmp"))
 
 

@@ -1,18 +1,29 @@
 import builtins
 import errno
 import json
+import os
 import re
+import subprocess
 from argparse import Namespace
 from contextlib import nullcontext
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import nn
 
+import checkpoint
+import log as log_module
 import training
 from cli import UserError
-from conftest import one_line
+from conftest import one_line, without_time
+from instaflow import CONFIGS, InstaFlow
+from text import TextTower
+from unet import UNet
+from vae import VAE
 
 ONE = training.World(0, 1, torch.device("cpu"))
 
@@ -118,7 +129,7 @@ def test_a_flag_that_cannot_be_is_refused(command, flag, value):
 def fail_rename(monkeypatch):
     def replace(source, target):
         raise OSError(errno.EIO, "Input/output error")
-    monkeypatch.setattr(training.os, "replace", replace)
+    monkeypatch.setattr(checkpoint.os, "replace", replace)
 
 
 def fail_full_disk(monkeypatch):
@@ -137,13 +148,13 @@ def fail_full_disk(monkeypatch):
 
         def __exit__(self, *_):
             self.file.close()
-    monkeypatch.setattr(training, "open", Full, raising=False)
+    monkeypatch.setattr(checkpoint, "open", Full, raising=False)
 
 
 def fail_sync(monkeypatch):
     def fsync(number):
         raise OSError(errno.ENOSPC, "No space left on device")
-    monkeypatch.setattr(training.os, "fsync", fsync)
+    monkeypatch.setattr(checkpoint.os, "fsync", fsync)
 
 
 @pytest.mark.parametrize("fail", [fail_rename, fail_full_disk, fail_sync])
@@ -176,9 +187,9 @@ def test_a_full_disk_is_one_line(monkeypatch, tmp_path, command, tiny):
 
 def test_what_is_renamed_was_written_and_synced_before(monkeypatch, tmp_path):
     """The order is what makes a file whole after a power cut."""
-    done, (fsync, replace) = [], (training.os.fsync, training.os.replace)
-    monkeypatch.setattr(training.os, "fsync", lambda number: (done.append(("sync", training.os.fstat(number).st_size)), fsync(number)))
-    monkeypatch.setattr(training.os, "replace", lambda a, b: (done.append(("rename", a.read_bytes())), replace(a, b)))
+    done, (fsync, replace) = [], (checkpoint.os.fsync, checkpoint.os.replace)
+    monkeypatch.setattr(checkpoint.os, "fsync", lambda number: (done.append(("sync", checkpoint.os.fstat(number).st_size)), fsync(number)))
+    monkeypatch.setattr(checkpoint.os, "replace", lambda a, b: (done.append(("rename", a.read_bytes())), replace(a, b)))
     training.write(tmp_path / "file", b"12345")
     assert done == [("sync", 5), ("rename", b"12345")]
 
@@ -230,6 +241,87 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path, capsys, damage):
     assert training.load_checkpoint(tmp_path) == (0, None, {})
 
 
+def test_a_safetensors_file_as_the_library_reads_it(tmp_path):
+    """The header is written here; the library's reader, which checks every offset, has to agree."""
+    tensors = TENSORS | {"long name with \" and ü": torch.tensor([True, False, True]), "i": torch.arange(3, dtype=torch.uint8), "l": torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last)}
+    training.write_tensors(tmp_path / "file", tensors, {"note": "ü"})
+    read = load_file(tmp_path / "file")
+    assert read.keys() == tensors.keys()
+    assert all(read[k].dtype == v.dtype and read[k].shape == v.shape and torch.equal(read[k], v) for k, v in tensors.items())
+    with safe_open(tmp_path / "file", "pt") as file:
+        assert file.metadata() == {"format": "pt", "note": "ü"}
+    training.write_tensors(tmp_path / "half", {"a": TENSORS["a"]}, dtype=torch.float16)
+    assert torch.equal(load_file(tmp_path / "half")["a"], TENSORS["a"].half())
+
+
+def test_a_checkpoint_is_written_one_tensor_at_a_time(monkeypatch, tmp_path):
+    """What is 14 GB at full size must not be in memory twice, let alone thrice."""
+    tensors = {str(i): torch.randn(2, 2 ** 16, 4, 4).to(memory_format=torch.channels_last) for i in range(24)}      # 8 MiB each
+    resident, seen = lambda: int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 2 ** 20, []
+
+    class Watching:
+        def __init__(self, *args):
+            self.file = builtins.open(os.devnull, "wb")
+
+        def write(self, data):
+            seen.append(resident())
+
+        def __getattr__(self, name):
+            return getattr(self.file, name)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            self.file.close()
+    before = resident()
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "open", Watching, raising=False)
+        patch.setattr(checkpoint.os, "fsync", lambda number: None)
+        patch.setattr(checkpoint.os, "replace", lambda a, b: None)
+        training.write_tensors(tmp_path / "file", tensors)
+    assert len(seen) == 25 and max(seen) - before < 96       # of 192; malloc keeps a few of what was freed
+
+
+def test_a_later_checkpoint_that_was_passed_over_keeps_its_place_to_itself(tmp_path):
+    for step in (3, 6, 9):
+        training.save_checkpoint(tmp_path, step, {"step": torch.tensor(step)})
+    cut(tmp_path / "step-00000009.safetensors")
+    training.save_checkpoint(tmp_path, 8, {"step": torch.tensor(8)})         # gone on from 6, other --save-every
+    assert sorted(p.name for p in tmp_path.iterdir()) == [f"step-{s:08d}.safetensors" for s in (6, 8, 9)]
+    assert training.load_checkpoint(tmp_path)[0] == 8
+
+
+def test_little_room_is_said_beforehand(monkeypatch, tmp_path, capsys):
+    tensors = {"a": torch.zeros(2 ** 18)}                                     # 1 MiB
+    for free, said in ((3 * 2 ** 20, False), (3 * 2 ** 20 - 1, True)):
+        monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda folder: Namespace(free=free))
+        checkpoint.warn_of_little_room(tmp_path, tensors)
+        err = capsys.readouterr().err
+        assert err.startswith("warning: ") == said and err.count("\n") == said
+    training.save_checkpoint(tmp_path, 1, tensors)
+    checkpoint.warn_of_little_room(tmp_path, tensors)                         # two more, now
+    assert not capsys.readouterr().err
+
+
+def test_a_full_disk_for_real(tmp_path, tiny):
+    """A tmpfs of two megabytes: the run stops with one line, and what it had written stays as it was."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "none", disk], capture_output=True).returncode:
+        pytest.skip("no right to mount a file system here")
+    try:
+        training.save_checkpoint(disk, 1, {"a": torch.zeros(2 ** 18)})       # 1 MiB
+        whole = (disk / "step-00000001.safetensors").read_bytes()
+        with pytest.raises(OSError, match="No space left") as caught:
+            training.save_checkpoint(disk, 2, {"a": torch.zeros(2 ** 19)})
+        assert caught.value.filename == str(disk / "step-00000002.safetensors")
+        assert [p.name for p in disk.iterdir()] == ["step-00000001.safetensors"] and (disk / "step-00000001.safetensors").read_bytes() == whole
+        assert training.load_checkpoint(disk)[0] == 1
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
 # --- going on where a run was killed ---
 
 SETTINGS = Namespace(iterations=11, lr=0.05, warmup=3, ema=0.9, log_every=2, save_every=3)
@@ -253,10 +345,6 @@ def train(folder, kill=None, recipe=RECIPE):
         losses.mean().backward()
         log.add(losses, torch.from_numpy(rows) / 10, gradient=training.optimiser_step(optimizer, model, lr))
     return model, ema, training.Log(folder, SETTINGS.iterations, writes=False).lines
-
-
-def without_time(lines):
-    return [{k: v for k, v in line.items() if k not in ("seconds", "samples_per_second")} for line in lines]
 
 
 @pytest.fixture(scope="module")
@@ -407,7 +495,113 @@ def test_recipe_is_what_decides_the_result(tmp_path):
     assert training.recipe(args) == {"lr": 1e-3, "seed": 0, "batch": 4, "model": "m", "pairs": "p"}
 
 
+def test_a_checkpoint_from_before_the_pseudo_huber_flag_goes_on():
+    args = Namespace(lr=1.0, huber=False)
+    assert training.recipe(args) == {"lr": 1.0}
+    assert training.recipe(Namespace(lr=1.0, huber=True)) == {"lr": 1.0, "huber": True}
+
+
+@pytest.mark.parametrize("old, new", [({"lr": 1}, {"lr": 1, "huber": True}), ({"lr": 1, "huber": True}, {"lr": 1})])
+def test_a_setting_that_only_one_side_has_is_a_difference(tmp_path, old, new):
+    training.save_checkpoint(tmp_path, 1, {"a": torch.zeros(1)}, {"recipe": old})
+    with pytest.raises(UserError, match=r"other settings \(huber\)"):
+        checkpoint.resume(tmp_path, None, None, None, new)
+
+
+# --- skipped steps, memory, processes ---
+
+@pytest.mark.parametrize("gradient, taken", [(999.0, True), (1001.0, False), (float("nan"), False), (float("inf"), False), (-float("inf"), False)])
+def test_a_step_is_skipped_where_the_gradient_is_none(gradient, taken):
+    weight = nn.Linear(1, 1, bias=False)
+    optimizer, before = training.adamw(weight, 0.1), weight.weight.item()
+    weight.weight.grad = torch.tensor([[gradient]])
+    norm = training.optimiser_step(optimizer, weight, 0.1, explode=1000.0)
+    assert norm == (pytest.approx(999) if taken else float("inf"))
+    assert (weight.weight.item() != before) == taken and weight.weight.grad is None and np.isfinite(weight.weight.item())
+    assert bool(optimizer.state) == taken                                    # AdamW's own count of steps as well
+
+
+def test_skipped_steps_are_counted_and_too_many_are_an_end(tmp_path):
+    log = training.Log(tmp_path)
+    for step in range(20):
+        log.add(torch.tensor([1.0, float("nan")]), gradient=float("inf"))
+    log.add(torch.tensor([3.0]), gradient=5.0)
+    line = log.write(21, ONE)
+    assert line["skipped"] == 20 and line["gradient"] == 5.0 and line["loss"] == pytest.approx(23 / 21)      # NaN losses are left out
+    assert json.loads((tmp_path / "log.jsonl").read_text()) == line
+    with pytest.raises(UserError, match="21 of the last 22 steps") as caught:
+        log.add(torch.tensor([1.0]), gradient=float("inf"))
+    assert "\n" not in str(caught.value)
+    log = training.Log(tmp_path)
+    for step in range(500):                                                  # one in ten, for ever, is no end
+        log.add(torch.tensor([1.0]), gradient=float("inf") if step % 10 == 0 else 1.0)
+
+
+def test_recomputed_activations_give_the_same_gradients():
+    unet = {}
+    for again in (False, True):
+        model = InstaFlow.random("mini").unet.requires_grad_(True)
+        if again:
+            training.checkpoint_gradients(model, torch.device("cpu"))
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x), training.autocast(torch.device("cpu"), True):
+            out = model(torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1)), torch.tensor([500.0]), torch.ones(1, 3, 64))
+        out.square().sum().backward()
+        unet[again] = {k: p.grad for k, p in model.named_parameters()}, sum(kept)
+    assert all(torch.equal(v, unet[True][0][k]) for k, v in unet[False][0].items())
+    assert unet[True][1] < 0.3 * unet[False][1]
+
+
+def test_more_processes_than_gpus_is_one_line(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for name, value in (("RANK", "10"), ("LOCAL_RANK", "2")):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match="LOCAL_RANK is 2, but this machine has 2 GPUs; give torchrun --nproc-per-node 2"):
+        training.start("cuda")
+
+
+@pytest.mark.slow
+def test_compiled_blocks_train_the_same(tiny):
+    losses = {}
+    for compiled in (False, True):
+        unet = InstaFlow.load(tiny / "teacher").unet.requires_grad_(True)
+        args = Namespace(lr=1e-3, weight_decay=1e-2, checkpoint=compiled, compile=compiled)
+        ema, optimizer, run = training.prepare(unet, args, ONE)
+        losses[compiled] = []
+        for step in range(3):
+            with training.autocast(ONE.device, True):
+                loss = run(torch.full((2, 4, 8, 8), 0.5), torch.tensor([500.0, 3.0]), torch.ones(2, 3, 8)).square().mean()
+            loss.backward()
+            training.optimiser_step(optimizer, unet, 1e-2)
+            losses[compiled].append(loss.item())
+        assert unet.state_dict().keys() == ema.state_dict().keys()           # checkpoints are those of a run without
+    assert losses[True] == pytest.approx(losses[False], rel=1e-3) and losses[True][2] < 0.9 * losses[True][0]
+
+
 # --- the log ---
+
+def test_operations_of_stable_diffusion_are_the_known_ones():
+    """0.803 TFLOP for the U-Net and 2.515 for the decoder, a picture of 512 pixels, counted by others."""
+    unet, vae, text = CONFIGS["sd15"]
+    with torch.device("meta"):
+        model = InstaFlow(UNet(unet), VAE(vae), TextTower(text), {"prediction": "velocity"})
+    operations = model.operations()
+    assert operations["unet"] / 1e12 == pytest.approx(0.803, abs=0.001) and operations["decoder"] / 1e12 == pytest.approx(2.515, abs=0.01)
+
+
+def test_share_of_the_peak_and_time_left_by_hand(monkeypatch, tmp_path):
+    monkeypatch.setattr(log_module, "hardware", lambda: "NVIDIA A100-SXM4-80GB")
+    log = training.Log(tmp_path, 40, total=100, flops=3e12)
+    log.started -= 100
+    log.add(torch.ones(500))
+    line = log.write(50, ONE)                              # 500 samples of 3 TFLOP in 100 s, of 312 TFLOP/s; 10 steps in 100 s, 50 to go
+    assert line["mfu"] == pytest.approx(5 * 3 / 312, rel=0.01) and line["hours_left"] == pytest.approx(500 / 3600, rel=0.01)
+    assert line["samples_per_second"] == pytest.approx(5, rel=0.01) and 0.01 < line["memory_gib"] < 100
+    assert [log_module.peak(name) for name in ("NVIDIA H100 PCIe", "NVIDIA H100 80GB HBM3", "NVIDIA H200", "Tesla T4")] == [756e12, 989e12, 989e12, None]
+    monkeypatch.setattr(log_module, "hardware", lambda: "2 cores of something")
+    log.add(torch.ones(5))
+    assert "mfu" not in log.write(60, ONE)
+
 
 def write_log(folder, text):
     (folder / "log.jsonl").write_text(text)
