@@ -275,7 +275,7 @@ def arguments():
     add("--batch", type=cli.positive, default=50, help="pictures at a time")
     add("--workers", type=cli.positive, default=min(8, os.cpu_count() or 1), help="threads that read pictures")
     add("--device", type=cli.device, help="default: the GPU where there is one")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     if len(args.paths) > 2 - bool(args.model):
         parser.error("two sets are compared: PICTURES REFERENCE, or --model and REFERENCE")
     args.pictures, args.reference = [*([None] if args.model else []), *args.paths, None, None][:2]

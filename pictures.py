@@ -38,7 +38,7 @@ def list_pictures(folder):
         raise UserError(f"{folder} holds no picture ({', '.join(sorted(SUFFIXES))}; sub-folders are not looked at)")
     if len(files) > len(pictures):
         other = next(p for p in files if p.suffix.lower() not in SUFFIXES)
-        warn(f"{len(files) - len(pictures)} files in {folder} are no pictures and are left out: {other.name}{' ...' * (len(files) > len(pictures) + 1)}")
+        warn(f"left out of {folder}, as no pictures: {other.name}" + f" and {len(files) - len(pictures) - 1} more" * (len(files) > len(pictures) + 1))
     return pictures
 
 
