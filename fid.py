@@ -36,8 +36,7 @@ from instaflow import InstaFlow, to_pil
 from judge import Judge
 from pictures import fit, from_folder, list_pictures, pair, read_captions, read_picture, shares, warn, warn_of, write_png
 
-PROTOCOLS = {"coco2017-5k": (5_000, 512),                  # pictures, and pixels a side that both sets are brought to
-             "coco2014-30k": (30_000, 256)}
+PROTOCOLS = {"coco2017-5k": (5_000, 512), "coco2014-30k": (30_000, 256)}       # pictures, and pixels a side that both sets are brought to
 ENOUGH = 2_048                                             # pictures: with fewer, the covariance of Inception's features is singular
 JUDGE = Path(__file__).resolve().parent / "models" / "mini-judge"
 Picture = namedtuple("Picture", "pixels clip")             # uint8 [H, W, 3], and what CLIP sees: float [3, S, S] or None
@@ -110,8 +109,7 @@ class Running:
 
 
 def load_statistics(path, width=None):
-    """An .npz file with mu and sigma, as pytorch-fid and `save_statistics` write it -> (mu, sigma, pictures or None). width: of the
-    other set's features, if known. Raises UserError."""
+    """mu and sigma of an .npz file, pytorch-fid's or ours -> (mu, sigma, pictures or None). width: of the other set, if known. Raises UserError."""
     try:
         with np.load(path, allow_pickle=False) as file:
             mu, sigma, n = np.float64(file["mu"]), np.float64(file["sigma"]), int(file["n"]) if "n" in file else None
@@ -220,6 +218,8 @@ def of_folder(path, args, world, network, clip=None, captions=None, only=None):
     """-> as `measure`. only: the names of the pictures to take (None: all). Warns of what is odd."""
     files, seen = list_pictures(path), {}
     if only is not None:
+        if None in only:
+            raise UserError(f"{args.captions} does not name its pictures; give COCO's captions_*.json, or leave out --matched")
         lacking = sorted(only - {file.stem for file in files})
         if lacking:
             raise UserError(f"{path} lacks the picture {lacking[0]} ({len(lacking)} in all) of {args.captions}; give that file's pictures, or leave out --matched")
@@ -308,8 +308,9 @@ def main():
     if args.model:
         model = InstaFlow.load(args.model, world.device, prediction=args.prediction)
         args.steps, args.guidance = args.steps or model.info["steps"], model.info["guidance"] if args.guidance is None else args.guidance
-        model.check_steps(args.steps)
-    real, ours, score = None, None, None
+        if world.rank == 0:
+            model.check_steps(args.steps)
+    real = score = None
     if args.reference in folders:                          # the reference first: a mistake in it shows before hours of drawing
         real, _ = of_folder(args.reference, args, world, network, only={name for name, _ in captions} if args.matched else None)
     elif args.reference:
@@ -330,7 +331,8 @@ def report(args, ours, real, score):
     drawn = f"{args.model} ({args.steps} step{'s' * (args.steps > 1)}, guidance {args.guidance:g}, seed {args.seed})" if args.model else args.pictures
     for (mu, _, n), name in ((ours, drawn), (real, args.reference)) if real else ((ours, drawn),) if ours else ():
         if n and n < ENOUGH:
-            warn(f"{n} pictures of {name}, fewer than {ENOUGH:,}{', and their covariance is singular' * (n <= len(mu))}: FID comes out too high; compare only figures with as many")
+            singular = ", and their covariance is singular" * (n <= len(mu))
+            warn(f"{n} pictures of {name}, fewer than {ENOUGH:,}{singular}: FID comes out too high; compare only figures with as many")
     if ours and args.protocol and ours[2] not in (None, PROTOCOLS[args.protocol][0]):
         warn(f"--protocol {args.protocol} is of {PROTOCOLS[args.protocol][0]:,} pictures, and these are {ours[2]}: no figure to compare")
     if args.save:
@@ -338,8 +340,8 @@ def report(args, ours, real, score):
         print(f"{args.save}: {ours[2]} pictures of {drawn}")
     if real:
         how = f"{args.features} features" + f", at {args.size} px" * bool(args.size) + f", {args.protocol}" * bool(args.protocol) + ", matched" * args.matched
-        (_, _, n), (_, _, m) = ours, real
-        print(f"FID {frechet_distance(*ours[:2], *real[:2]):.4f}: {f'{n} of ' * bool(n)}{drawn} against {f'{m} of ' * bool(m)}{args.reference} ({how})")
+        first, second = (f"{n} of {name}" if n else name for n, name in ((ours[2], drawn), (real[2], args.reference)))
+        print(f"FID {frechet_distance(*ours[:2], *real[:2]):.4f}: {first} against {second} ({how})")
     if score is not None:
         print(f"CLIP score {score:.4f}: {drawn}, {args.clip_model}" + f', prefix "{args.clip_prefix}"' * bool(args.clip_prefix))
 

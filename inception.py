@@ -73,7 +73,8 @@ class D(nn.Module):
     def __init__(self, c):
         super().__init__()
         self.branch3x3_1, self.branch3x3_2 = conv(c, 192, 1), conv(192, 320, 3, 2, 0)
-        self.branch7x7x3_1, self.branch7x7x3_2, self.branch7x7x3_3, self.branch7x7x3_4 = conv(c, 192, 1), conv(192, 192, (1, 7)), conv(192, 192, (7, 1)), conv(192, 192, 3, 2, 0)
+        self.branch7x7x3_1, self.branch7x7x3_2 = conv(c, 192, 1), conv(192, 192, (1, 7))
+        self.branch7x7x3_3, self.branch7x7x3_4 = conv(192, 192, (7, 1)), conv(192, 192, 3, 2, 0)
 
     def forward(self, x):
         return torch.cat([chain(x, self.branch3x3_1, self.branch3x3_2),

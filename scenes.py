@@ -1,6 +1,7 @@
 """The miniature's world: captioned 64-pixel scenes of one to three coloured shapes.
 
     python scenes.py --captions 20000 --seed 1 --out captions.txt      # captions, one a line
+    python scenes.py --pictures 2048 --seed 2 --out scenes             # pictures, a file each
     python scenes.py --grid scenes.png                                 # a labelled grid of pictures
 
 Scene (seed, index, split) is the same on every machine, and there is no last one.

@@ -360,13 +360,14 @@ def test_protocols(coco, protocol, number, side, line, command):
     assert (args.number, args.size) == (int(number.replace(",", "")), side)
 
 
-def test_a_protocol_with_too_few_pictures_warns(coco, line, tiny, command, plain_convolutions):
+def test_a_protocol_with_too_few_pictures_warns(coco, world, line, tiny, command, plain_convolutions):
     words = ["--model", tiny / "flow", "--captions", coco / "captions_val.json", "--protocol", "coco2017-5k", *line, "--size", 64, coco / "val"]
     status, out, err = command("fid.py", *words)
     assert status == 0 and "--protocol coco2017-5k is of 5,000 pictures, and these are 12" in err and "draws 16 px, and its pictures are enlarged to 64" in err
     assert "12 of" in out and "against 14 of" in out and "at 64 px, coco2017-5k)" in out and "is a JPEG" not in err
     status, out, err = command("fid.py", *words, "--matched")
     assert "against 12 of" in out and "matched" in out
+    assert "does not name its pictures" in command("fid.py", *words, "--matched", "--captions", world / "captions.txt")[2]
     (coco / "val" / f"{3:012d}.jpg").unlink()
     assert "lacks the picture 000000000003 (1 in all)" in command("fid.py", *words, "--matched")[2]
 
