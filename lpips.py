@@ -26,7 +26,7 @@ class LPIPS(nn.Module):
 
     def __init__(self, vgg, linear=None):
         super().__init__()
-        tensors = _read(vgg)
+        tensors = read_weights(vgg)
         self.features, channels = nn.ModuleDict(), 3
         for i in (i for block in BLOCKS for i in block):
             weight, bias = (tensors.get(f"features.{i}.{kind}") for kind in ("weight", "bias"))
@@ -36,7 +36,7 @@ class LPIPS(nn.Module):
             conv.load_state_dict({"weight": weight.float(), "bias": bias.float()})
             self.features[str(i)], channels = conv, len(weight)
         widths = [self.features[str(block[-1])].out_channels for block in BLOCKS]
-        given = _read(linear) if linear else {}
+        given = read_weights(linear) if linear else {}
         for k, width in enumerate(widths):
             lin = given.get(f"lin{k}.model.1.weight", None if linear else torch.full((1, width, 1, 1), 1 / width))
             if lin is None or lin.shape != (1, width, 1, 1):
@@ -64,7 +64,8 @@ class LPIPS(nn.Module):
         return total
 
 
-def _read(path):
+def read_weights(path):
+    """A network's state_dict, .safetensors or .pth -> dict[str, tensor]. Raises UserError."""
     if not Path(path).is_file():
         raise UserError(f"{path}: no such file of weights")
     try:

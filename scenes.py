@@ -1,6 +1,7 @@
 """The miniature's world: captioned 64-pixel scenes of one to three coloured shapes.
 
     python scenes.py --captions 20000 --seed 1 --out captions.txt      # captions, one a line
+    python scenes.py --pictures 2048 --seed 2 --out scenes             # pictures, a file each
     python scenes.py --grid scenes.png                                 # a labelled grid of pictures
 
 Scene (seed, index, split) is the same on every machine, and there is no last one.
@@ -287,18 +288,26 @@ def grid(seed=0, columns=6, rows=5, split="train", side=160):
 def main():
     parser = cli.Parser(__doc__)
     parser.add_argument("--captions", type=cli.positive, metavar="N", help="write N captions, one a line, to --out")
-    parser.add_argument("--out", type=Path, metavar="FILE", default=Path("captions.txt"))
+    parser.add_argument("--pictures", type=cli.positive, metavar="N", help="draw N scenes into the folder --out, as 000000.png and so on")
+    parser.add_argument("--out", type=Path, help="default: captions.txt, or the folder scenes")
     parser.add_argument("--grid", type=Path, metavar="PNG", help="draw a labelled grid of scenes")
     parser.add_argument("--seed", type=cli.seed, default=0)
-    parser.add_argument("--start", type=cli.seed, default=0, help="index of the first caption")
+    parser.add_argument("--start", type=cli.seed, default=0, help="index of the first caption or scene")
     parser.add_argument("--split", choices=SPLITS, default="train")
     args = parser.parse_args()
-    if not args.captions and not args.grid:
-        parser.error("nothing to do: give --captions N or --grid PNG")
+    if not args.captions and not args.grid and not args.pictures:
+        parser.error("nothing to do: give --captions N, --pictures N or --grid PNG")
+    if args.captions and args.pictures:
+        parser.error("--captions and --pictures write to one --out; ask for them one after the other")
+    args.out = args.out or Path("scenes" if args.pictures else "captions.txt")
     for path in filter(None, (args.captions and args.out, args.grid)):
         path.parent.mkdir(parents=True, exist_ok=True)
     if args.captions:
         args.out.write_text("".join(f"{line}\n" for line in captions(args.seed, args.start, args.captions, args.split)))
+    if args.pictures:
+        args.out.mkdir(parents=True, exist_ok=True)
+        for i in range(args.pictures):
+            draw(scene(args.seed, args.start + i, args.split)).save(args.out / f"{i:06d}.png")
     if args.grid:
         grid(args.seed, split=args.split).save(args.grid)
 

@@ -166,3 +166,39 @@ def tokenizer(tmp_path_factory):
     (folder / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
     (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n")
     return CLIPTokenizer.from_pretrained(folder, model_max_length=77)
+
+
+# --- what an evaluation needs ---
+
+@pytest.fixture(scope="session")
+def their_inception(tmp_path_factory):
+    """(file of random Inception weights in pytorch-fid's layout, pytorch-fid's network that has loaded it). Its constructor
+    reads that file in place of the network for as long as the session lasts."""
+    import pytorch_fid.inception as peer
+    from torchvision.models import inception_v3
+    path, generator = tmp_path_factory.mktemp("inception") / "weights.pth", torch.Generator().manual_seed(5)
+    network = inception_v3(num_classes=1008, aux_logits=False, weights=None, init_weights=False)
+    with torch.no_grad():
+        for module in network.modules():
+            if isinstance(module, torch.nn.Conv2d):        # He's: neither vanishes nor blows up over 48 layers
+                module.weight.normal_(0, (2 / module.weight[0].numel()) ** 0.5, generator=generator)
+            elif isinstance(module, torch.nn.BatchNorm2d):
+                module.weight.normal_(1, 0.2, generator=generator)
+                module.bias.normal_(0, 0.2, generator=generator)
+                module.running_mean.normal_(0, 0.2, generator=generator)
+                module.running_var.uniform_(0.5, 1.5, generator=generator)
+    torch.save(network.state_dict(), path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(peer, "load_state_dict_from_url", lambda url, progress=True: torch.load(path, weights_only=True))
+        yield path, peer.InceptionV3([3]).eval()
+
+
+def paint(folder, n, seed=0, size=(48, 40), tint=0.0):
+    """n smooth colourful pictures as 0.png, 1.png, ... (Noise would give a network the same features every time.)"""
+    from PIL import Image
+    rng = np.random.default_rng(seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    for i in range(n):
+        coarse = (255 * rng.random((*rng.integers(2, 7, 2), 3)) * (1 - tint * np.array([0, 0.5, 1]))).astype(np.uint8)
+        Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC).save(folder / f"{i}.png")
+    return folder

@@ -143,6 +143,9 @@ def test_command_line(tmp_path):
     assert run("--captions", 30, "--seed", 1, "--out", tmp_path / "c.txt", "--grid", tmp_path / "g.png").returncode == 0
     assert (tmp_path / "c.txt").read_text().splitlines() == list(scenes.captions(1, 0, 30))
     assert Image.open(tmp_path / "g.png").width > 800
-    for flags in ((), ("--captions", "many"), ("--capshuns", 3)):
+    assert run("--pictures", 3, "--seed", 1, "--start", 5, "--out", tmp_path / "scenes").returncode == 0
+    assert sorted(p.name for p in (tmp_path / "scenes").iterdir()) == [f"{i:06d}.png" for i in range(3)]
+    assert np.array_equal(Image.open(tmp_path / "scenes" / "000002.png"), scenes.draw(scenes.scene(1, 7)))
+    for flags in ((), ("--captions", 3, "--pictures", 3), ("--captions", "many"), ("--capshuns", 3)):
         wrong = run(*flags)
         assert wrong.returncode == 2 and wrong.stderr.count("\n") == 1 and "Traceback" not in wrong.stderr
