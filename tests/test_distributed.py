@@ -309,7 +309,7 @@ def test_a_kill_between_a_shard_and_its_parts_end(world, launch, tmp_path):
         os.symlink(world / name, tmp_path / name)
     shutil.copytree(world / "pairs", tmp_path / "pairs")
     for j in range(2):
-        (tmp_path / "pairs" / f"shard-00000-part-{j:05d}.safetensors").write_bytes(b"left")
+        shutil.copy(tmp_path / "pairs" / "shard-00000.safetensors", tmp_path / "pairs" / f"shard-00000-part-{j:05d}.safetensors")
     times = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "pairs").glob("shard-0000?.safetensors")}
     wait(launch(tmp_path, "pairs.py", MAKE, 2, smaller_parts), tmp_path)
     assert {p.name: p.stat().st_mtime_ns for p in (tmp_path / "pairs").iterdir()} == times
