@@ -204,7 +204,7 @@ class InstaFlow:
         """Warn on stderr where a student is asked for more steps than it was trained for: its pictures break."""
         most = max(self.info.get("trained_steps") or [0])
         if steps is not None and most and steps > most:
-            print(f"warning: this model was distilled for {most} step{'s' * (most > 1)}; {steps} are not what it learnt, and may look worse", file=sys.stderr)
+            print(f"warning: this model was distilled for {most} step{'s' * (most > 1)}; with {steps} its pictures may get worse, not better", file=sys.stderr)
 
     @torch.no_grad()
     def encode(self, images):
