@@ -16,7 +16,7 @@ import torch.nn.functional as F
 import cli
 import training
 from cli import UserError
-from instaflow import PROMPTS, InstaFlow, grid, timestep
+from instaflow import PROMPTS, InstaFlow, grid
 from lpips import LPIPS
 from pairs import PairDataset
 from unet import StackedUNet
@@ -43,6 +43,7 @@ def main():
     parser.add_argument("--linear", help="for lpips: the lpips package's weights of layers (default: all channels alike)")
     parser.add_argument("--lpips-size", type=cli.seed, default=224, help="pixels a side that LPIPS sees; 0 leaves images as they are")
     parser.add_argument("--stacked", action="store_true", help="the student is two U-Nets in series (InstaFlow-1.7B); a stacked --model stays so")
+    parser.add_argument("--exact", action="store_true", help="stay a noise predictor, read as the velocity that it equals, as train_reflow.py --exact")
     training.add_flags(parser)
     args = parser.parse_args()
     if args.loss == "lpips" and not args.vgg:
@@ -60,7 +61,8 @@ def main():
     ema, optimizer, net = training.prepare(unet, args, world)
     if distance:                                           # a decoder's activations at 512 pixels are several GB a picture
         training.checkpoint_gradients(model.vae, world.device)
-    info = {"prediction": "velocity", "sampler": "euler", "steps": 1, "guidance": 1.0, "trained_steps": [1], "pairs": data.info}
+    info = {"prediction": "epsilon" if args.exact else "velocity", "sampler": "euler", "steps": 1, "guidance": 1.0, "pairs": data.info}
+    flow = InstaFlow(ema, model.vae, model.text, info, model.base)
     folder, operations = f"{args.out}/training", model.operations()
     work = 3 * operations["unet"] + bool(distance) * 3 * operations["decoder"]               # both decoded, one of them with its gradient
     batch = data.ahead(lambda step: world.share(training.batch_indices(args.seed, step, args.batch, len(data))))
@@ -71,18 +73,18 @@ def main():
             with training.autocast(world.device, args.float32):
                 with torch.no_grad():
                     context = model.text(prompts[part])
-                student = x0 + net(x0, timestep(torch.zeros(len(x0), device=world.device)), context)      # one Euler step from t = 0
+                student = x0 + flow.velocity(x0, torch.zeros(len(x0), device=world.device), context, net)  # one Euler step from t = 0
                 loss = image_losses(student, x1, model, distance, args.lpips_size) if distance else (student - x1).square().mean((1, 2, 3))
             (loss.sum() / len(noise)).backward()
             losses.append(loss.detach())
         log.add(torch.cat(losses), gradient=training.optimiser_step(optimizer, unet, lr, args.clip, args.explode))
         if world.rank == 0 and (step + 1) % args.sample_every == 0:
-            preview = InstaFlow(ema, model.vae, model.text, {**info, "trained_steps": []})   # asked for more on purpose: to see what they do
             with training.autocast(world.device, args.float32):
-                pictures = [preview.generate(PROMPTS, steps) for steps in (1, 4)]
+                pictures = [flow.generate(PROMPTS, steps) for steps in (1, 4)]
             grid(pictures, ["1 step", "4 steps"], PROMPTS).save(f"{folder}/samples-{step + 1:06d}.png")
     if world.rank == 0:
-        InstaFlow(ema, model.vae, model.text, {**info, "made": training.made(folder, args.seed)}, model.base).save(args.out, dtype=torch.float16)
+        flow.info |= {"trained_steps": [1], "made": training.made(folder, args.seed)}
+        flow.save(args.out, dtype=torch.float16)
     training.finish()
 
 

@@ -135,12 +135,13 @@ class InstaFlow:
         """Latents are multiplied by this (0.18215 at full size), so that their variance is about 1."""
         return self.vae.config.scaling_factor
 
-    def velocity(self, x, t, context):
+    def velocity(self, x, t, context, net=None):
         """v(x, t | T): x [B, 4, h, w], t [B] in [0, 1], context [B, L, C] -> [B, 4, h, w]. A noise predictor is
-        converted exactly (diffusion.velocity_from_eps)."""
+        converted exactly (diffusion.velocity_from_eps). net: what computes the U-Net's output in training (DDP around it)."""
+        net = net or self.unet
         if self.info["prediction"] == "velocity":
-            return self.unet(x, timestep(t), context)
-        return diffusion.velocity_from_eps(lambda z, index: self.unet(z, index, context), self.schedule)(x, t)
+            return net(x, timestep(t), context)
+        return diffusion.velocity_from_eps(lambda z, index: net(z, index, context), self.schedule)(x, t)
 
     def latent_shape(self, height=None, width=None):
         """Of one picture of height x width pixels (None: what the model was trained on). Raises UserError."""

@@ -75,7 +75,6 @@ def draw(name, rng, n):
 
 
 def gauss(rng, n):
-    """X0 -> float32 [n, 2]."""
     return torch.from_numpy(rng.standard_normal((n, 2), dtype=np.float32))
 
 
@@ -153,7 +152,7 @@ class Flow(NamedTuple):
     @torch.no_grad()
     def couple(self, x0, label, args):
         """X1 = ODE[v](X0) by Heun's method, nearly exact: an error made here would be learnt."""
-        return flows.heun(self.guided(label, args), x0, STEPS)
+        return flows.heun(self.guided(label, args), x0, STEPS // 2)
 
 
 def pairs(flow, args, rng):
@@ -170,7 +169,6 @@ def batches(fixed, rng):
 # --- section 3: distillation, min E ||ODE[v](X0) - (X0 + v~(X0, 0))||^2, from the flow's own weights ---
 
 def one_step(student, x0, label):
-    """X0 + v~(X0, 0)."""
     return x0 + student(x0, torch.zeros(len(x0)), label)
 
 
@@ -194,8 +192,7 @@ def diffuse(net, args, rng, iterations, lr):
         return (net(a * x1 + b * x0, index / 1000, label) - x0).square().mean()
     net = fit(net, loss, iterations, lr, "diffusion")
 
-    def velocity(x, t, label):
-        return diffusion.velocity_from_eps(lambda y, index: net(y, (index / 1000).float(), label), schedule)(x, t)
+    velocity = lambda x, t, label: diffusion.velocity_from_eps(lambda y, index: net(y, (index / 1000).float(), label), schedule)(x, t)
     return Flow("diffusion", velocity, args.labels or 1.0, schedule.range())
 
 
@@ -209,8 +206,7 @@ def sliced_w2(x, y, directions=64):
     return float(((x @ onto).sort(0)[0] - (y @ onto).sort(0)[0]).square().mean().sqrt())
 
 
-def transport_cost(x0, x1, p):
-    """E ||X1 - X0||^p -> float."""
+def transport_cost(x0, x1, p):                             # E ||X1 - X0||^p
     return float((x1 - x0).norm(dim=1).pow(p).mean())
 
 
@@ -350,7 +346,6 @@ def main():
     figures.coupling(*seen, ("coupling", f"{STEPS} steps' paths", "1 step", "2 steps", f"{STEPS} steps", "distilled, 1 step"), args.out)
     if args.gif:
         figures.particles(*seen, args.gif)
-    print("drawn:", *filter(None, (args.out, args.gif)))
 
 
 if __name__ == "__main__":

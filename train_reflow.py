@@ -14,7 +14,7 @@ import torch
 import cli
 import flows
 import training
-from instaflow import PROMPTS, InstaFlow, grid, timestep
+from instaflow import PROMPTS, InstaFlow, grid
 from pairs import PairDataset
 
 
@@ -26,6 +26,7 @@ def main():
     parser.add_argument("--drop", type=cli.number(0, 1), default=0.1, help="share of prompts made NULL, so that guidance other than 1 stays calibrated")
     parser.add_argument("--density", choices=("uniform", "u-shaped"), default="uniform", help="of t; the paper: uniform; u-shaped: Lee et al. 2024")
     parser.add_argument("--huber", action="store_true", help="pseudo-Huber loss (Lee et al. 2024); the paper: the square")
+    parser.add_argument("--exact", action="store_true", help="stay a noise predictor, read as the velocity that it equals (Lee et al. 2024): the teacher's flow is where training starts")
     training.add_flags(parser)
     args = parser.parse_args()
 
@@ -34,7 +35,8 @@ def main():
     data.check(model, args.model)
     unet = model.unet.requires_grad_(True)
     ema, optimizer, net = training.prepare(unet, args, world)
-    info = {"prediction": "velocity", "sampler": "euler", "steps": 25, "guidance": 1.5, "pairs": data.info}
+    info = {"prediction": "epsilon" if args.exact else "velocity", "sampler": "euler", "steps": 25, "guidance": 1.5, "pairs": data.info}
+    flow = InstaFlow(ema, model.vae, model.text, info, model.base)
     folder, work = f"{args.out}/training", 3 * model.operations()["unet"]                   # a backward pass is two forward ones
     batch = data.ahead(lambda step: world.share(training.batch_indices(args.seed, step, args.batch, len(data))))
     for step, log, lr in training.steps(args, world, folder, unet, ema, optimizer, training.recipe(args) | {"pairs_made": data.info}, args.cosine, work):
@@ -46,17 +48,17 @@ def main():
             with training.autocast(world.device, args.float32):
                 with torch.no_grad():
                     context = model.text(np.where(dropped[part], "", prompts[part]).tolist())
-                loss = flows.flow_loss(lambda x, t: net(x, timestep(t), context), x0[part].to(world.device), x1[part].to(world.device), t[part], "none", args.huber)
+                loss = flows.flow_loss(lambda x, t: flow.velocity(x, t, context, net), x0[part].to(world.device), x1[part].to(world.device), t[part], "none", args.huber)
             (loss.sum() / len(x0)).backward()
             losses.append(loss.detach())
         log.add(torch.cat(losses), t, gradient=training.optimiser_step(optimizer, unet, lr, args.clip, args.explode))
         if world.rank == 0 and (step + 1) % args.sample_every == 0:
-            preview = InstaFlow(ema, model.vae, model.text, info)
             with training.autocast(world.device, args.float32):
-                pictures = [preview.generate(PROMPTS, steps) for steps in (1, 2, 25)]
+                pictures = [flow.generate(PROMPTS, steps) for steps in (1, 2, 25)]
             grid(pictures, ["1 step", "2 steps", "25 steps"], PROMPTS).save(f"{folder}/samples-{step + 1:06d}.png")
     if world.rank == 0:
-        InstaFlow(ema, model.vae, model.text, {**info, "made": training.made(folder, args.seed)}, model.base).save(args.out, dtype=torch.float16)
+        flow.info["made"] = training.made(folder, args.seed)
+        flow.save(args.out, dtype=torch.float16)
     training.finish()
 
 
