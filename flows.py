@@ -71,8 +71,10 @@ def guided(velocity, context, null, alpha):
     if alpha == 1:
         return lambda x, t: velocity(x, t, context)
 
+    both = torch.cat([context, null.expand_as(context)])   # once, not in every step
+
     def v(x, t):
-        text, without = velocity(torch.cat([x, x]), torch.cat([t, t]), torch.cat([context, null.expand_as(context)])).chunk(2)
+        text, without = velocity(torch.cat([x, x]), torch.cat([t, t]), both).chunk(2)
         return alpha * text + (1 - alpha) * without
     return v
 

@@ -17,6 +17,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 import diffusion
+import fast
 import flows
 import training
 import weights
@@ -117,11 +118,8 @@ class InstaFlow:
         training.write(path / "instaflow.json", (json.dumps(info, indent=2) + "\n").encode())
 
     def to(self, device, dtype=torch.float32):
-        device = torch.device(device)
         for module in (self.unet, self.vae, self.text):
-            module.to(device, dtype).requires_grad_(False)
-            if device.type == "cuda":
-                module.to(memory_format=torch.channels_last)
+            fast.place(module, device, dtype)
         return self
 
     # --- what it computes ---
@@ -168,7 +166,7 @@ class InstaFlow:
         """From noise x0 [B, 4, h, w] along the model's ODE -> latents [B, 4, h, w]. context [B, L, C], null [1, L, C].
         Guidance is taken on what the U-Net predicts: on noise as Stable Diffusion does, on velocity as the paper does;
         it is the same formula. Raises ValueError for steps < 1, UserError for a sampler of the other kind."""
-        steps = self.info["steps"] if steps is None else steps
+        steps, x0 = self.info["steps"] if steps is None else steps, x0.contiguous(memory_format=torch.channels_last)    # and so is all that comes of it
         alpha = self.info["guidance"] if guidance is None else guidance
         sampler = sampler or self.info["sampler"]
         if sampler in ("euler", "heun"):
@@ -187,7 +185,7 @@ class InstaFlow:
         steps = max(1, round((1 - start) * (self.info["steps"] if steps is None else steps)))
         alpha = self.info["guidance"] if guidance is None else guidance
         v = flows.guided(self.velocity, context, null, alpha)
-        x = flows.interpolate(x0, latents, torch.full((len(x0),), start, device=x0.device))
+        x = flows.interpolate(x0, latents, torch.full((len(x0),), start, device=x0.device)).contiguous(memory_format=torch.channels_last)
         solver = flows.heun if self.info["sampler"] == "heun" else flows.euler
         return solver(lambda z, s: (1 - start) * v(z, start + (1 - start) * s), x, steps)    # s in [0, 1] runs over the times left
 
@@ -197,9 +195,10 @@ class InstaFlow:
             raise ValueError("prompts must be a list of at least one str")
         x0 = self.noise(seed, first, len(prompts), height, width)
         self.check_steps(steps)
+        known = {prompt: i for i, prompt in enumerate(dict.fromkeys([*prompts, negative]))}
         with torch.no_grad():
-            context, null = self.text(prompts), self.text([negative])
-        return self.solve(x0, context, null, steps, guidance)
+            states = self.text(list(known))                # each different prompt once
+        return self.solve(x0, states[[known[prompt] for prompt in prompts]], states[[known[negative]]], steps, guidance)
 
     def check_steps(self, steps):
         """Warn on stderr where a student is asked for more steps than it was trained for: its pictures break."""
@@ -210,13 +209,14 @@ class InstaFlow:
     @torch.no_grad()
     def encode(self, images):
         """Images [B, 3, H, W] in [-1, 1] -> scaled latents [B, 4, h, w], the means of the encoder's distributions."""
-        return self.vae.encode(images.to(self.device, next(self.vae.parameters()).dtype))[0] * self.scale
+        p = next(self.vae.parameters())
+        return self.vae.encode(images.to(p.device, p.dtype, memory_format=torch.channels_last))[0] * self.scale
 
     @torch.no_grad()
     def decode(self, latents, tile=None):
         """Scaled latents [B, 4, h, w] -> images [B, 3, H, W], float32 in [-1, 1]. tile: latents a side that are decoded at a
         time (`VAE.decode_tiled`: less memory, and not quite the same picture); None decodes whole."""
-        latents = latents / self.scale
+        latents = (latents / self.scale).contiguous(memory_format=torch.channels_last)
         return (self.vae.decode_tiled(latents, tile) if tile else self.vae.decode(latents)).float().clamp(-1, 1)
 
     def generate(self, prompts, steps=None, guidance=None, seed=0, first=0, negative="", height=None, width=None):

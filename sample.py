@@ -21,6 +21,8 @@ and steps are in each PNG's metadata.
 import argparse
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +31,8 @@ from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
 import cli
+import fast
+import flows
 import lora
 from cli import UserError
 from instaflow import InstaFlow, grid, to_pil
@@ -57,20 +61,51 @@ class Clock(dict):
         return result
 
 
+@contextmanager
+def at_work(module, args):
+    """With --low-memory a module comes to its device when it is to work, and is gone when it has worked."""
+    if args.low_memory:
+        fast.place(module, args.device, args.dtype)
+    if not args.compile:
+        fast.pack(module)                                  # (the compiler does so itself)
+    yield
+    if args.low_memory:
+        module.to("meta")
+
+
 @torch.no_grad()
-def pictures(model, prompts, noise, args, steps=None, clock=None):
-    """One picture a prompt, from noise [B, 4, h, w], `args.batch` at a time -> list of PIL images."""
-    clock, out = Clock() if clock is None else clock, []                     # an empty one is False
-    first = clock("encoder", model.encode, picture(args.image, noise, model.vae.config.factor)) if args.image else None
-    tile = tile_side(args.tile, model.vae.config.factor)
-    for i in range(0, len(prompts), args.batch):
-        text, x0 = clock("text", model.text, [*prompts[i:i + args.batch], args.negative]), noise[i:i + args.batch]
-        if args.image:
-            latents = clock("U-Net", model.solve_from, 1 - args.strength, x0, first.expand_as(x0), text[:-1], text[-1:], steps, args.guidance)
-        else:
-            latents = clock("U-Net", model.solve, x0, text[:-1], text[-1:], steps, args.guidance)
-        out += to_pil(clock("decoder", model.decode, latents, tile))
-    return out
+def pictures(model, prompts, args, steps=None, first=None, clock=None):
+    """Yield a PIL image a prompt, `args.batch` computed at a time. One stage after the other: text, of each different prompt once;
+    U-Net; decoder, whose batches come as they are ready. first: the noise [B, 4, h, w], None for that of --seed."""
+    clock = Clock() if clock is None else clock            # an empty one is False
+    guidance = model.info["guidance"] if args.guidance is None else args.guidance
+    if first is None:
+        first = noise(model, args.seed, len(prompts), args)
+    x0, tile = first.to(args.device, args.dtype), tile_side(args.tile, model.vae.config.factor)
+    if args.image:
+        fast.place(model.vae, args.device, args.dtype)
+        start = clock("encoder", model.encode, picture(args.image, x0, model.vae.config.factor))
+    known = list(dict.fromkeys(prompts if guidance == 1 else [*prompts, args.negative]))
+    with at_work(model.text, args):                        # (.clone(): a graph's output is overwritten by its next run)
+        states = torch.cat([clock("text", model.text, known[i:i + args.batch]).clone() for i in range(0, len(known), args.batch)])
+    row = {prompt: i for i, prompt in enumerate(known)}
+    context, null, latents = states[[row[prompt] for prompt in prompts]], states[row.get(args.negative, 0), None], []
+    with at_work(model.unet, args):
+        for i in range(0, len(prompts), args.batch):
+            part = slice(i, i + args.batch)
+            if args.image:
+                latents.append(clock("U-Net", model.solve_from, 1 - args.strength, x0[part], start.expand_as(x0[part]), context[part], null, steps, guidance))
+            else:
+                latents.append(clock("U-Net", model.solve, x0[part], context[part], null, steps, guidance))
+    with at_work(model.vae, args):
+        for batch in latents:
+            yield from to_pil(clock("decoder", model.decode, batch, tile))
+
+
+def noise(model, seed, n, args):
+    """That of the first n pictures of a seed, float32 [n, 4, h, w]."""
+    shape = model.latent_shape(args.height, args.width)
+    return torch.stack([flows.noise(0, seed, i, shape) for i in range(n)])
 
 
 def picture(path, noise, factor):
@@ -97,12 +132,17 @@ def load(path, args, steps):
     """The model that the flags ask for, with its LoRAs."""
     if args.random_weights:
         print(f"WARNING: RANDOM WEIGHTS OF THE SIZE {args.random_weights}: EVERY PICTURE IS NOISE. This only shows that it runs.", file=sys.stderr)
-        model = InstaFlow.random(args.random_weights).to(args.device, args.dtype)
-    else:
-        model = InstaFlow.load(path, args.device, args.dtype, args.prediction)
+        model = InstaFlow.random(args.random_weights)
+    else:                                                  # with --low-memory the weights stay in their file for now
+        model = InstaFlow.load(path, "cpu", None if args.low_memory else args.dtype, args.prediction)
+    if not args.low_memory:
+        model.to(args.device, args.dtype)
     for file, scale in args.lora:
         lora.load_lora(model, file, scale)
     model.check_steps(steps)
+    if args.compile:
+        for module in (model.text.tower, model.unet, model.vae.decoder):
+            fast.compiled(module, graphs=model.info["sampler"] != "heun")    # which holds two outputs at a time
     if args.image and model.info.get("trained_steps"):
         print("warning: this model was distilled to go from noise to picture at once; from a picture (--image) it blurs: use the model it was distilled from", file=sys.stderr)
     return model
@@ -117,7 +157,7 @@ def write_png(image, path, args, **facts):
         info.add_itxt(key, str(value).encode("utf-8", "replace").decode())
     path.parent.mkdir(parents=True, exist_ok=True)
     image.save(path, pnginfo=info)
-    print(path)
+    return path
 
 
 def precision(name, device):
@@ -160,6 +200,8 @@ def arguments():
     add("--batch", type=cli.positive, default=16, help="pictures at a time")
     add("--tile", type=cli.positive, nargs="?", const=512, metavar="PIXELS", help="decode in tiles of so many pixels a side (alone: 512), blended: less memory, but not "
         "quite the same picture, since norms and attention see one tile")
+    add("--compile", action="store_true", help="torch.compile, on a GPU with CUDA graphs: minutes at the first run of a size, kept on disk for the next")
+    add("--low-memory", action="store_true", help="text tower, U-Net and VAE come into memory one after the other, and leave it; the picture is the same")
     add("--out", type=Path, default=Path("out.png"))
     add("--interpolate", type=cli.seed, nargs=2, metavar="SEED", help="a strip of --frames pictures between two seeds' noises")
     add("--frames", type=cli.positive, default=8)
@@ -191,18 +233,17 @@ def compare(args):
         if not path or not steps.isdigit() or int(steps) < 1:
             raise UserError(f"--compare {item}: write MODEL:STEPS, as in models/mini-sd:25")
         model = load(HERE / path if (HERE / path).exists() and not Path(path).exists() else path, args, int(steps))
-        noise = model.noise(args.seed, 0, len(prompts), args.height, args.width)
-        rows.append(pictures(model, prompts, noise, args, int(steps)))
+        rows.append(list(pictures(model, prompts, args, int(steps))))
         labels.append(f"{Path(path).name}\n{steps} step{'s' * (int(steps) > 1)}")
-    write_png(grid(rows, labels, prompts), args.out, args, prompt=prompts, seed=args.seed, compare=args.compare)
+    print(write_png(grid(rows, labels, prompts), args.out, args, prompt=prompts, seed=args.seed, compare=args.compare))
 
 
 def interpolate(args):
-    model = load(args.model, args, args.steps)
-    ends = [model.noise(seed, 0, 1, args.height, args.width)[0] for seed in args.interpolate]
-    noise = slerp(*ends, args.frames)
-    rows = [pictures(model, [prompt] * args.frames, noise, args, args.steps) for prompt in args.prompt]
-    write_png(grid(rows, args.prompt, side=128), args.out, args, prompt=args.prompt, interpolate=args.interpolate, model=args.model, steps=args.steps or model.info["steps"])
+    model, n = load(args.model, args, args.steps), args.frames
+    strip = slerp(*(noise(model, seed, 1, args)[0] for seed in args.interpolate), n)
+    images = list(pictures(model, [p for p in args.prompt for _ in range(n)], args, args.steps, strip.repeat(len(args.prompt), 1, 1, 1)))
+    rows = [images[i:i + n] for i in range(0, len(images), n)]
+    print(write_png(grid(rows, args.prompt, side=128), args.out, args, prompt=args.prompt, interpolate=args.interpolate, model=args.model, steps=args.steps or model.info["steps"]))
 
 
 def main():
@@ -213,14 +254,18 @@ def main():
         return interpolate(args)
     model, clock, prompts = load(args.model, args, args.steps), Clock(), [p for p in args.prompt for _ in range(args.num)]
     steps, guidance = args.steps or model.info["steps"], model.info["guidance"] if args.guidance is None else args.guidance
-    images = pictures(model, prompts, model.noise(args.seed, 0, len(prompts), args.height, args.width), args, steps, clock)
-    for i, (image, prompt) in enumerate(zip(images, prompts)):
-        path = args.out if len(images) == 1 else args.out.with_stem(f"{args.out.stem}-{i:03d}")
-        write_png(image, path, args, prompt=prompt, negative=args.negative, seed=args.seed, index=i, model=args.model, steps=steps, guidance=guidance)
+    images, written = [], []
+    with ThreadPoolExecutor(2) as pool:                    # a batch is encoded while the next one is computed
+        for i, image in enumerate(pictures(model, prompts, args, steps, clock=clock)):
+            path = args.out if len(prompts) == 1 else args.out.with_stem(f"{args.out.stem}-{i:03d}")
+            written.append(pool.submit(write_png, image, path, args, prompt=prompts[i], negative=args.negative, seed=args.seed, index=i, model=args.model, steps=steps, guidance=guidance))
+            images.append(image)
+    for path in written:
+        print(path.result())
     if len(images) > 1:
         rows = [images[i:i + args.num] for i in range(0, len(images), args.num)] if args.num > 1 else [images]
         labelled = grid(rows, args.prompt) if args.num > 1 else grid(rows, None, prompts)
-        write_png(labelled, args.out, args, prompt=args.prompt, seed=args.seed, model=args.model, steps=steps, guidance=guidance)
+        print(write_png(labelled, args.out, args, prompt=args.prompt, seed=args.seed, model=args.model, steps=steps, guidance=guidance))
     print(f"{len(images)} picture{'s' * (len(images) > 1)}, {steps} step{'s' * (steps > 1)}: " + ", ".join(f"{k} {1000 * v:.0f} ms" for k, v in clock.items()))
 
 

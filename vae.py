@@ -44,6 +44,12 @@ class VAEConfig:
         return 2 ** (len(self.block_out_channels) - 1)
 
 
+def silu(x):
+    """Of a norm's output, which nobody else wants: in place, since on a CPU fresh memory costs more than the arithmetic. Where there
+    will be gradients autograd would keep a copy, so there it is not."""
+    return F.silu(x, inplace=not torch.is_grad_enabled())
+
+
 def group_norm(channels, config):
     return nn.GroupNorm(config.norm_num_groups, channels, eps=1e-6)          # 1e-6 here; the U-Net's blocks have 1e-5
 
@@ -59,9 +65,9 @@ class ResnetBlock(nn.Module):
             self.conv_shortcut = nn.Conv2d(channels, out, 1)
 
     def forward(self, x):
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = self.conv2(F.silu(self.norm2(h)))
-        return h + (self.conv_shortcut(x) if hasattr(self, "conv_shortcut") else x)
+        h = self.conv1(silu(self.norm1(x)))
+        h = self.conv2(silu(self.norm2(h)))
+        return h.add_(self.conv_shortcut(x) if hasattr(self, "conv_shortcut") else x)        # in place too; no gradient needs what h was
 
 
 class Attention(nn.Module):
@@ -142,7 +148,7 @@ class Encoder(nn.Module):
         x = self.conv_in(x)
         for block in self.down_blocks:
             x = block(x)
-        return self.conv_out(F.silu(self.conv_norm_out(self.mid_block(x))))  # [B, 2 latent, H/f, W/f]
+        return self.conv_out(silu(self.conv_norm_out(self.mid_block(x))))  # [B, 2 latent, H/f, W/f]
 
 
 class Decoder(nn.Module):
@@ -160,7 +166,7 @@ class Decoder(nn.Module):
         x = self.mid_block(self.conv_in(x))
         for block in self.up_blocks:
             x = block(x)
-        return self.conv_out(F.silu(self.conv_norm_out(x)))                  # [B, 3, H, W]
+        return self.conv_out(silu(self.conv_norm_out(x)))                  # [B, 3, H, W]
 
 
 class VAE(nn.Module):

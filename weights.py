@@ -115,7 +115,11 @@ def read_tensors(path):
         if path.suffix in PICKLES:
             return _read_pickle(path)
         with safe_open(path, "pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}
+            keys, tensors = sorted(file.keys()), {}
+        for i in range(0, len(keys), 16):                  # each few have a mapping of their own, and once converted leave memory with it
+            with safe_open(path, "pt") as file:
+                tensors |= {key: file.get_tensor(key) for key in keys[i:i + 16]}
+        return tensors
 
 
 def weight_file(listed, part, dtype=None):
@@ -146,10 +150,9 @@ def weight_files(folder, part, dtype=None):
 
 def read_folder(folder, part, dtype=None):
     """The tensors of one part's folder -> (dict[str, tensor], the file's path for messages). Raises UserError."""
-    path, shards = weight_files(folder, part, dtype)
+    (path, shards), tensors = weight_files(folder, part, dtype), {}
     if shards is None:
         return read_tensors(path), path
-    tensors = {}
     for file in sorted(set(shards.values())):
         shard = read_tensors(path.parent / file)
         for key in shard:
@@ -201,8 +204,8 @@ def check(wanted, tensors, path, asks="config.json asks for"):
 
 
 def fill(module, tensors, dtype):
-    """A module built without memory gets its tensors, in `dtype` (None: their own): without a copy where they have it."""
-    module.load_state_dict({key: value.to(dtype=dtype) for key, value in tensors.items()}, assign=True)
+    """A module built without memory takes its tensors out of the dict, in `dtype` (None: their own): without a copy where they have it."""
+    module.load_state_dict({key: tensors.pop(key).to(dtype=dtype) for key in list(tensors)}, assign=True)
     return module.eval()
 
 
@@ -216,9 +219,7 @@ def _fill_text(tower, tensors, path, dtype, prefix="", **words):
     bare = not any(key.startswith(prefix + "text_model.") for key in tensors)
     wanted = {prefix + (key.removeprefix("text_model.") if bare else key): value for key, value in text_to_transformers(tower.state_dict()).items()}
     check(wanted, tensors, path, **words)
-    fill(tower, text_from_transformers({key.removeprefix(prefix): value for key, value in tensors.items()}), dtype)
-    tower.tower.attn_mask = tower.tower.build_causal_mask().to(dtype=next(tower.parameters()).dtype)      # a buffer that is in no file
-    return tower
+    return fill(tower, text_from_transformers({key.removeprefix(prefix): value for key, value in tensors.items()}), dtype)
 
 
 def load_unet(folder, dtype=torch.float32):

@@ -1,0 +1,271 @@
+"""How fast this is beside diffusers: the same files, the same inputs, one after the other in turns, in one run.
+
+    python benchmarks/speed.py                                      # full size, bf16, one picture in one step: minutes on a CPU
+    python benchmarks/speed.py --device cuda --dtypes float32,bfloat16,float16 --batches 1,4,16 --guided --compile
+    python benchmarks/speed.py --config mini --rounds 1 --out /tmp  # to see whether it runs
+
+Weights are random, written once in float16 to --folder, and loaded by both from there. The peer runs as it comes, channels-last, and
+with --compile compiled and channels-last; ours is compared with whichever is fastest. Both go through the same Euler loop, without
+their pipelines. Numbers are medians; on a CPU that others use too, the seconds the processor worked for us say more than the clock.
+"""
+import json
+import re
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import cli
+import fast
+import flows
+import log
+import text
+from cli import UserError
+from instaflow import CONFIGS, InstaFlow, to_pil
+
+PROMPT, STEPS, GUIDANCE = "a red circle left of a blue square", 25, 5.0
+PEER = """
+import sys, torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from PIL import Image
+from transformers import CLIPTextModel, CLIPTokenizer
+folder, device, dtype, layout, out, prompt = sys.argv[1:]
+options, like = dict(dtype=getattr(torch, dtype)), dict(memory_format=getattr(torch, layout))
+text, tokens = CLIPTextModel.from_pretrained(folder + "/text_encoder", **options).to(device), CLIPTokenizer.from_pretrained(folder + "/tokenizer", model_max_length=77)
+unet, vae = (kind.from_pretrained(folder + part, torch_dtype=getattr(torch, dtype)).to(device).to(**like) for kind, part in ((UNet2DConditionModel, "/unet"), (AutoencoderKL, "/vae")))
+with torch.no_grad():
+    context = text(tokens(prompt, padding="max_length", truncation=True, return_tensors="pt").input_ids.to(device))[0]
+    side = unet.config.sample_size
+    x = torch.randn(1, 4, side, side).to(device, getattr(torch, dtype)).contiguous(**like)
+    image = vae.decode((x + unet(x, 1000, context).sample) / vae.config.scaling_factor).sample
+    pixels = ((image.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)[0].permute(1, 2, 0).cpu().numpy()
+Image.fromarray(pixels).save(out)
+"""
+# A process that runs a script with its arguments and then says the most memory it ever held, in bytes: resident, and on a GPU.
+CHILD = r"""
+import re, runpy, sys
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+import torch
+print("PEAK", 1024 * int(re.search(r"VmHWM:\s+(\d+)", open("/proc/self/status").read())[1]), torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0)
+"""
+
+
+def write_model(folder, config):
+    """Random weights of a size in CONFIGS in float16, and CLIP's vocabulary as transformers wants it, unless they are there."""
+    if not (folder / "instaflow.json").exists():
+        ids, ranks, _ = text._vocabulary()
+        (folder / "tokenizer").mkdir(parents=True, exist_ok=True)
+        (folder / "tokenizer" / "vocab.json").write_text(json.dumps(ids))
+        (folder / "tokenizer" / "merges.txt").write_text("\n".join(["#version: 0.2", *map(" ".join, ranks)]) + "\n")
+        InstaFlow.random(config).save(folder, self_contained=True, dtype=torch.float16)
+
+
+def ours(folder, device, dtype, compile=False):
+    """-> text(prompts), unet(x, timestep, context), decode(scaled latents) of our modules, on the path that sample.py takes."""
+    model = InstaFlow.load(folder, device, dtype)
+    for module in (model.text.tower, model.unet, model.vae.decoder):
+        fast.compiled(module) if compile else fast.pack(module)
+    return SimpleNamespace(text=model.text, unet=model.unet, decode=model.decode, last=torch.channels_last)
+
+
+def theirs(folder, device, dtype, layout=torch.contiguous_format, compile=False):
+    """The same of diffusers' and transformers' modules."""
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from transformers import CLIPTextModel, CLIPTokenizer
+    tokens = CLIPTokenizer.from_pretrained(folder / "tokenizer", model_max_length=77)
+    tower = CLIPTextModel.from_pretrained(folder / "text_encoder", dtype=dtype).to(device)
+    unet = UNet2DConditionModel.from_pretrained(folder / "unet", torch_dtype=dtype).to(device).to(memory_format=layout)
+    vae = AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=dtype).to(device).to(memory_format=layout)
+    if compile:
+        mode = "reduce-overhead" if torch.device(device).type == "cuda" else None
+        for module in (tower, unet, vae.decoder):
+            module.compile(mode=mode, dynamic=False)
+    return SimpleNamespace(text=lambda prompts: tower(tokens(prompts, padding="max_length", truncation=True, return_tensors="pt").input_ids.to(device))[0],
+                           unet=lambda x, t, context: unet(x, t, context).sample, last=layout,
+                           decode=lambda z: vae.decode((z / vae.config.scaling_factor).contiguous(memory_format=layout)).sample.float().clamp(-1, 1))
+
+
+@torch.no_grad()
+def picture(side, prompts, x0, steps, guidance):
+    """Prompts and noise to PIL images, by Euler's steps."""
+    states = side.text(prompts + [""] * (guidance != 1)).clone()
+    v = flows.guided(lambda x, t, c: side.unet(x, 1000 * (1 - t), c), states[:len(prompts)], states[-1:], guidance)
+    return to_pil(side.decode(flows.euler(v, x0.contiguous(memory_format=side.last), steps)))
+
+
+def clocked(call, device):
+    """-> (seconds by the clock, seconds the processors worked for this process), the GPU's work included."""
+    wait = torch.cuda.synchronize if torch.device(device).type == "cuda" else lambda: None
+    wait()
+    wall, cpu = time.perf_counter(), time.process_time()
+    call()
+    wait()
+    return time.perf_counter() - wall, time.process_time() - cpu
+
+
+def in_turns(calls, rounds, device, bar, warm=1):
+    """{name: call} -> {name: {"s": median by the clock, "cpu_s": ..., "all_s": [...]}}: each is called `warm` times, then in turns."""
+    for call in calls.values():
+        for _ in range(warm):
+            call()
+    seen = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            seen[name].append(clocked(call, device))
+            bar.update()
+    return {name: {"s": statistics.median(a for a, _ in pairs), "cpu_s": statistics.median(b for _, b in pairs), "all_s": [round(a, 4) for a, _ in pairs]} for name, pairs in seen.items()}
+
+
+def ceiling(device, dtype):
+    """FLOP/s of the best of ten square matrix products: what this device does at most. -> (by the clock, by processor seconds)"""
+    side = 8192 if torch.device(device).type == "cuda" else 2048
+    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+    seen = [clocked(lambda: a @ b, device) for _ in range(11)][1:]
+    return tuple(2 * side ** 3 / min(column) for column in zip(*seen))
+
+
+@torch.no_grad()
+def stages(sides, args, dtype, flop, bar):
+    """Rows of text, U-Net, decoder and whole pictures, for each batch."""
+    config, device = CONFIGS[args.config][0], args.device
+    best, rows = ceiling(device, dtype), []
+    for batch in args.batches:
+        prompts = [f"{PROMPT} {i}" for i in range(batch)]
+        x, t = torch.randn(batch, config.in_channels, config.sample_size, config.sample_size).to(device, dtype), torch.full((batch,), 900.0, device=device)
+        context = torch.randn(batch, 77, config.cross_attention_dim).to(device, dtype)
+        tasks = [("text", 1, flop["text"], lambda side: side.text(prompts)),
+                 ("U-Net", 1, flop["unet"], lambda side: side.unet(x.contiguous(memory_format=side.last), t, context)),
+                 ("decoder", 1, flop["decoder"], lambda side: side.decode(x)),
+                 ("picture", 1, flop["text"] + flop["unet"] + flop["decoder"], lambda side: picture(side, prompts, x, 1, 1))]
+        if args.guided:
+            tasks.append(("picture, guided", STEPS, flop["text"] + 2 * STEPS * flop["unet"] + flop["decoder"], lambda side: picture(side, prompts, x, STEPS, GUIDANCE)))
+        for stage, steps, work, task in tasks:
+            out = {name: task(side) for name, side in sides.items()} if stage in ("text", "U-Net", "decoder") else {}
+            times = in_turns({name: (lambda side=side: task(side)) for name, side in sides.items()}, args.rounds, device, bar, warm=3 if args.compile else 0 if out else 1)
+            first = next((out[name].float() for name in out if name.startswith("diffusers")), None)
+            differ = max((float((out[name].float() - first).abs().max() / first.abs().max()) for name in out if name.startswith("ours")), default=None)
+            rows.append({"stage": stage, "dtype": str(dtype)[6:], "batch": batch, "steps": steps, "tflop": work * batch / 1e12, "floor_s": work * batch / best[0],
+                         "floor_cpu_s": work * batch / best[1], "times": times, "largest_difference": differ})
+    return rows
+
+
+def processes(folder, args, dtype, bar):
+    """Process start to PNG: seconds by the clock and of the processors, and the most memory, of ours and theirs in turns."""
+    name = str(dtype)[6:]
+    with tempfile.TemporaryDirectory() as place:
+        (Path(place) / "peer.py").write_text(PEER)
+        sample = [ROOT / "sample.py", "--model", folder, "--device", args.device, "--dtype", name, "--steps", 1, "--guidance", 1, "--out", f"{place}/ours.png", PROMPT]
+        lines = {"ours": sample, "ours, --low-memory": [*sample, "--low-memory"]}
+        for kind, layout in (("diffusers", "contiguous_format"), ("diffusers, channels-last", "channels_last")):
+            lines[kind] = [f"{place}/peer.py", folder, args.device, name, layout, f"{place}/peer.png", PROMPT]
+        seen = {kind: [] for kind in lines}
+        for _ in range(max(args.rounds // 2, 1)):
+            for kind, line in lines.items():
+                before, wall = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+                done = subprocess.run([sys.executable, "-c", CHILD, *map(str, line)], capture_output=True, text=True)
+                wall, after = time.perf_counter() - wall, resource.getrusage(resource.RUSAGE_CHILDREN)
+                if done.returncode:
+                    raise UserError(f"{line[0]} ended with status {done.returncode}: {done.stderr.strip().splitlines()[-1]}")
+                peak = re.search(r"PEAK (\d+) (\d+)", done.stdout)
+                seen[kind].append((wall, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, int(peak[1]) / 2**30, int(peak[2]) / 2**30))
+                bar.update()
+    return [{"stage": "process start to PNG", "dtype": name, "batch": 1, "steps": 1,
+             "times": {kind: dict(zip(("s", "cpu_s", "peak_gib", "gpu_gib"), map(statistics.median, zip(*runs)))) for kind, runs in seen.items()}}]
+
+
+def ratio(times, key, kind="ours"):
+    """Our best over the peer's best."""
+    best = {who: min(t[key] for name, t in times.items() if name.startswith(who)) for who in (kind, "diffusers")}
+    return best[kind] / best["diffusers"] if best["diffusers"] else float("nan")
+
+
+def table(rows):
+    """Lines of markdown."""
+    names = list(dict.fromkeys(name for row in rows for name in row["times"]))
+    lines = ["| stage | dtype | batch | steps | " + " | ".join(f"{n}, ms (cpu s)" for n in names) + " | ours / peer's best, clock | cpu s | share of the ceiling |", "|" + "---|" * (len(names) + 7)]
+    for row in rows:
+        cells = [f"{1000 * row['times'][n]['s']:.0f} ({row['times'][n]['cpu_s']:.2f})" if n in row["times"] else "" for n in names]
+        quick = min(t["s"] for n, t in row["times"].items() if n.startswith("ours"))
+        lines.append(f"| {row['stage']} | {row['dtype']} | {row['batch']} | {row['steps']} | " + " | ".join(cells) + f" | {ratio(row['times'], 's'):.2f} | {ratio(row['times'], 'cpu_s'):.2f} | "
+                     + (f"{row['floor_s'] / quick:.0%} |" if "floor_s" in row else "|"))
+    for row in rows:
+        if "peak_gib" in row["times"]["ours"]:
+            key = "gpu_gib" if row["times"]["ours"]["gpu_gib"] else "peak_gib"
+            lines += ["", f"Peak memory of a process, {row['dtype']}, GiB: " + ", ".join(f"{name} {t[key]:.2f}" for name, t in row["times"].items()) + f"; ours / peer's best {ratio(row['times'], key):.2f}."]
+    return lines
+
+
+def chart(rows, path, title):
+    """Bars of the first batch, a panel a stage and dtype, beside the floor: the stage's operations at the ceiling."""
+    from matplotlib.figure import Figure
+    rows = [row for row in rows if row["batch"] == rows[0]["batch"]]
+    figure = Figure(figsize=(10, 1.6 * len(rows) + 0.6), layout="constrained")
+    for axes, row in zip(figure.subplots(len(rows), 1, squeeze=False)[:, 0], rows):
+        names = list(row["times"])[::-1]
+        bars = axes.barh(names, [row["times"][n]["s"] for n in names], color=["tab:blue" if n.startswith("ours") else "tab:orange" for n in names])
+        axes.bar_label(bars, [f" {row['times'][n]['s']:.3g} s" for n in names], fontsize=8)
+        if "floor_s" in row:
+            axes.axvline(row["floor_s"], color="black", linestyle="--", label=f"floor {row['floor_s']:.2g} s")
+            axes.legend(loc="lower right", fontsize=8)
+        axes.set_title(f"{row['stage']}, {row['dtype']}, batch {row['batch']}" + f", {row['steps']} steps" * (row["steps"] > 1), fontsize=9, loc="left")
+        axes.margins(x=0.12)
+        axes.tick_params(labelsize=8)
+    figure.suptitle(title, fontsize=10)
+    figure.savefig(path, dpi=90)
+
+
+def main():
+    parser = cli.Parser(__doc__)
+    add, gpu = parser.add_argument, torch.cuda.is_available()
+    add("--config", choices=("sd15", "mini"), default="sd15")
+    add("--device", type=cli.device, default="cuda" if gpu else "cpu")
+    add("--dtypes", default="bfloat16", help="of float32,bfloat16,float16 (on a CPU float16 convolutions are some 40 times slower)")
+    add("--batches", type=lambda words: [cli.positive(w) for w in words.split(",")], default=[1], help="as in 1,4,16")
+    add("--guided", action="store_true", help=f"also {STEPS} steps with guidance {GUIDANCE:g}")
+    add("--compile", action="store_true", help="also both compiled: on a CPU, many minutes")
+    add("--rounds", type=cli.positive, default=20 if gpu else 5, help="turns; half as many of whole processes")
+    add("--folder", type=Path, help="where the weights are or are to be written: 2.1 GB at full size (default: a temporary one)")
+    add("--out", type=Path, default=Path(__file__).parent, help="the folder of speed-<device>.json and .png")
+    args = parser.parse_args()
+    try:
+        import diffusers
+    except ImportError:
+        raise UserError("diffusers, which this compares with, is not installed; pip install -r requirements-dev.txt") from None
+    dtypes = args.dtypes.split(",")
+    if set(dtypes) - {"float32", "bfloat16", "float16"}:
+        parser.error(f"--dtypes {args.dtypes}: name some of float32,bfloat16,float16")
+    makers = {"ours": ours, **({"ours, compiled": lambda *a: ours(*a, compile=True)} if args.compile else {}), "diffusers": theirs,
+              "diffusers, channels-last": lambda *a: theirs(*a, torch.channels_last), **({"diffusers, compiled": lambda *a: theirs(*a, torch.channels_last, True)} if args.compile else {})}
+    rows, kind = [], torch.device(args.device).type
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = args.folder or Path(temporary)
+        write_model(folder, args.config)
+        unet, vae, tower = CONFIGS[args.config]
+        flop = InstaFlow.load(folder).operations() | {"text": log.flops(lambda: text.TextTower(tower)(torch.zeros(1, 77, dtype=torch.long)))}
+        half = max(args.rounds // 2, 1)
+        with tqdm(total=len(dtypes) * (6 * half + len(makers) * args.rounds * len(args.batches) * (4 + args.guided)), desc="speed", mininterval=1) as bar:
+            for dtype in (getattr(torch, name) for name in dtypes):
+                rows += processes(folder, args, dtype, bar)                  # before this process holds much itself
+                loads = in_turns({"ours": lambda: ours(folder, args.device, dtype), "diffusers": lambda: theirs(folder, args.device, dtype)}, half, args.device, bar)
+                rows.append({"stage": "load", "dtype": str(dtype)[6:], "batch": 1, "steps": 1, "times": loads})
+                rows += stages({name: make(folder, args.device, dtype) for name, make in makers.items()}, args, dtype, flop, bar)
+    facts = {"hardware": log.hardware(), "threads": torch.get_num_threads(), "config": args.config, "date": time.strftime("%Y-%m-%d"), "torch": torch.__version__,
+             "diffusers": diffusers.__version__, "command": " ".join(["python", *sys.argv]), "rows": rows}
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / f"speed-{kind}.json").write_text(json.dumps(facts, indent=1) + "\n")
+    chart(rows, args.out / f"speed-{kind}.png", f"{args.config}, {facts['hardware']}, {facts['threads']} threads, {facts['date']}")
+    print("\n".join(table(rows)))
+
+
+if __name__ == "__main__":
+    cli.run(main)
