@@ -49,6 +49,14 @@ def pack(module):
     return module
 
 
+def leave(module):
+    """Free the memory of a module's weights, packed ones too."""
+    for layer in module.modules():
+        if isinstance(layer, (PackedConv, PackedLinear)):
+            layer.packed = None
+    module.to("meta")
+
+
 def compiled(module, graphs=True):
     """torch.compile, in place, for the sizes it meets -> module. graphs: on a GPU, replay CUDA graphs: what comes out is overwritten by
     the next call. What was compiled is kept on disk by torch itself, and the next process finds it there."""

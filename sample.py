@@ -70,7 +70,7 @@ def at_work(module, args):
         fast.pack(module)                                  # (the compiler does so itself)
     yield
     if args.low_memory:
-        module.to("meta")
+        fast.leave(module)
 
 
 @torch.no_grad()

@@ -33,23 +33,7 @@ from cli import UserError
 from instaflow import CONFIGS, InstaFlow, to_pil
 
 PROMPT, STEPS, GUIDANCE = "a red circle left of a blue square", 25, 5.0
-PEER = """
-import sys, torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
-from PIL import Image
-from transformers import CLIPTextModel, CLIPTokenizer
-folder, device, dtype, layout, out, prompt = sys.argv[1:]
-options, like = dict(dtype=getattr(torch, dtype)), dict(memory_format=getattr(torch, layout))
-text, tokens = CLIPTextModel.from_pretrained(folder + "/text_encoder", **options).to(device), CLIPTokenizer.from_pretrained(folder + "/tokenizer", model_max_length=77)
-unet, vae = (kind.from_pretrained(folder + part, torch_dtype=getattr(torch, dtype)).to(device).to(**like) for kind, part in ((UNet2DConditionModel, "/unet"), (AutoencoderKL, "/vae")))
-with torch.no_grad():
-    context = text(tokens(prompt, padding="max_length", truncation=True, return_tensors="pt").input_ids.to(device))[0]
-    side = unet.config.sample_size
-    x = torch.randn(1, 4, side, side).to(device, getattr(torch, dtype)).contiguous(**like)
-    image = vae.decode((x + unet(x, 1000, context).sample) / vae.config.scaling_factor).sample
-    pixels = ((image.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)[0].permute(1, 2, 0).cpu().numpy()
-Image.fromarray(pixels).save(out)
-"""
+KEYS = ("s", "cpu_s", "peak_gib", "gpu_gib")             # of processes all four
 # A process that runs a script with its arguments and then says the most memory it ever held, in bytes: resident, and on a GPU.
 CHILD = r"""
 import re, runpy, sys
@@ -113,17 +97,14 @@ def clocked(call, device):
     return time.perf_counter() - wall, time.process_time() - cpu
 
 
-def in_turns(calls, rounds, device, bar, warm=1):
-    """{name: call} -> {name: {"s": median by the clock, "cpu_s": ..., "all_s": [...]}}: each is called `warm` times, then in turns."""
-    for call in calls.values():
-        for _ in range(warm):
-            call()
-    seen = {name: [] for name in calls}
+def in_turns(measures, rounds, bar):
+    """{name: function -> numbers, the first the seconds by the clock} -> {name: medians by KEYS, and all of the first}."""
+    seen = {name: [] for name in measures}
     for _ in range(rounds):
-        for name, call in calls.items():
-            seen[name].append(clocked(call, device))
+        for name, measure in measures.items():
+            seen[name].append(measure())
             bar.update()
-    return {name: {"s": statistics.median(a for a, _ in pairs), "cpu_s": statistics.median(b for _, b in pairs), "all_s": [round(a, 4) for a, _ in pairs]} for name, pairs in seen.items()}
+    return {name: dict(zip(KEYS, map(statistics.median, zip(*runs)))) | {"all_s": [round(run[0], 4) for run in runs]} for name, runs in seen.items()}
 
 
 def ceiling(device, dtype):
@@ -150,12 +131,13 @@ def stages(sides, args, dtype, flop, bar):
         if args.guided:
             tasks.append(("picture, guided", STEPS, flop["text"] + 2 * STEPS * flop["unet"] + flop["decoder"], lambda side: picture(side, prompts, x, STEPS, GUIDANCE)))
         for stage, steps, work, task in tasks:
-            out = {name: task(side) for name, side in sides.items()} if stage in ("text", "U-Net", "decoder") else {}
-            times = in_turns({name: (lambda side=side: task(side)) for name, side in sides.items()}, args.rounds, device, bar, warm=3 if args.compile else 0 if out else 1)
-            first = next((out[name].float() for name in out if name.startswith("diffusers")), None)
-            differ = max((float((out[name].float() - first).abs().max() / first.abs().max()) for name in out if name.startswith("ours")), default=None)
-            rows.append({"stage": stage, "dtype": str(dtype)[6:], "batch": batch, "steps": steps, "tflop": work * batch / 1e12, "floor_s": work * batch / best[0],
-                         "floor_cpu_s": work * batch / best[1], "times": times, "largest_difference": differ})
+            for _ in range(3 if args.compile else 1):      # graphs are recorded in the second call
+                out = {name: task(side) for name, side in sides.items()}
+            times = in_turns({name: (lambda side=side: clocked(lambda: task(side), device)) for name, side in sides.items()}, args.rounds, bar)
+            row = {"stage": stage, "dtype": str(dtype)[6:], "batch": batch, "steps": steps, "tflop": work * batch / 1e12, "floor_s": work * batch / best[0], "floor_cpu_s": work * batch / best[1], "times": times}
+            if not isinstance(out["ours"], list):          # (pictures are PIL's)
+                row["largest_difference"] = max(float((out[name] - out["diffusers"]).abs().max() / out["diffusers"].abs().max()) for name in out if name.startswith("ours"))
+            rows.append(row)
     return rows
 
 
@@ -163,30 +145,26 @@ def processes(folder, args, dtype, bar):
     """Process start to PNG: seconds by the clock and of the processors, and the most memory, of ours and theirs in turns."""
     name = str(dtype)[6:]
     with tempfile.TemporaryDirectory() as place:
-        (Path(place) / "peer.py").write_text(PEER)
         sample = [ROOT / "sample.py", "--model", folder, "--device", args.device, "--dtype", name, "--steps", 1, "--guidance", 1, "--out", f"{place}/ours.png", PROMPT]
         lines = {"ours": sample, "ours, --low-memory": [*sample, "--low-memory"]}
         for kind, layout in (("diffusers", "contiguous_format"), ("diffusers, channels-last", "channels_last")):
-            lines[kind] = [f"{place}/peer.py", folder, args.device, name, layout, f"{place}/peer.png", PROMPT]
-        seen = {kind: [] for kind in lines}
-        for _ in range(max(args.rounds // 2, 1)):
-            for kind, line in lines.items():
-                before, wall = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
-                done = subprocess.run([sys.executable, "-c", CHILD, *map(str, line)], capture_output=True, text=True)
-                wall, after = time.perf_counter() - wall, resource.getrusage(resource.RUSAGE_CHILDREN)
-                if done.returncode:
-                    raise UserError(f"{line[0]} ended with status {done.returncode}: {done.stderr.strip().splitlines()[-1]}")
-                peak = re.search(r"PEAK (\d+) (\d+)", done.stdout)
-                seen[kind].append((wall, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, int(peak[1]) / 2**30, int(peak[2]) / 2**30))
-                bar.update()
-    return [{"stage": "process start to PNG", "dtype": name, "batch": 1, "steps": 1,
-             "times": {kind: dict(zip(("s", "cpu_s", "peak_gib", "gpu_gib"), map(statistics.median, zip(*runs)))) for kind, runs in seen.items()}}]
+            lines[kind] = [ROOT / "benchmarks" / "peer.py", folder, args.device, name, layout, f"{place}/peer.png", PROMPT]
+
+        def once(line):
+            before, wall = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+            done = subprocess.run([sys.executable, "-c", CHILD, *map(str, line)], capture_output=True, text=True)
+            wall, after = time.perf_counter() - wall, resource.getrusage(resource.RUSAGE_CHILDREN)
+            if done.returncode:
+                raise UserError(f"{line[0]} ended with status {done.returncode}: {done.stderr.strip().splitlines()[-1]}")
+            peak = [int(n) / 2**30 for n in re.search(r"PEAK (\d+) (\d+)", done.stdout).groups()]
+            return wall, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, *peak
+        return [{"stage": "process start to PNG", "dtype": name, "batch": 1, "steps": 1, "times": in_turns({kind: (lambda line=line: once(line)) for kind, line in lines.items()}, args.half, bar)}]
 
 
-def ratio(times, key, kind="ours"):
+def ratio(times, key):
     """Our best over the peer's best."""
-    best = {who: min(t[key] for name, t in times.items() if name.startswith(who)) for who in (kind, "diffusers")}
-    return best[kind] / best["diffusers"] if best["diffusers"] else float("nan")
+    mine, other = (min(t[key] for name, t in times.items() if name.startswith(who)) for who in ("ours", "diffusers"))
+    return mine / other if other else float("nan")
 
 
 def table(rows):
@@ -199,9 +177,8 @@ def table(rows):
         lines.append(f"| {row['stage']} | {row['dtype']} | {row['batch']} | {row['steps']} | " + " | ".join(cells) + f" | {ratio(row['times'], 's'):.2f} | {ratio(row['times'], 'cpu_s'):.2f} | "
                      + (f"{row['floor_s'] / quick:.0%} |" if "floor_s" in row else "|"))
     for row in rows:
-        if "peak_gib" in row["times"]["ours"]:
-            key = "gpu_gib" if row["times"]["ours"]["gpu_gib"] else "peak_gib"
-            lines += ["", f"Peak memory of a process, {row['dtype']}, GiB: " + ", ".join(f"{name} {t[key]:.2f}" for name, t in row["times"].items()) + f"; ours / peer's best {ratio(row['times'], key):.2f}."]
+        for key in [k for k in KEYS[2:] if row["times"]["ours"].get(k)]:
+            lines += ["", f"Peak memory of a process, {row['dtype']}, {'on the GPU' if key == 'gpu_gib' else 'resident'}, GiB: " + ", ".join(f"{name} {t[key]:.2f}" for name, t in row["times"].items()) + f"; ours / peer's best {ratio(row['times'], key):.2f}."]
     return lines
 
 
@@ -237,6 +214,7 @@ def main():
     add("--folder", type=Path, help="where the weights are or are to be written: 2.1 GB at full size (default: a temporary one)")
     add("--out", type=Path, default=Path(__file__).parent, help="the folder of speed-<device>.json and .png")
     args = parser.parse_args()
+    args.half = max(args.rounds // 2, 1)                   # turns of what takes long
     try:
         import diffusers
     except ImportError:
@@ -252,12 +230,11 @@ def main():
         write_model(folder, args.config)
         unet, vae, tower = CONFIGS[args.config]
         flop = InstaFlow.load(folder).operations() | {"text": log.flops(lambda: text.TextTower(tower)(torch.zeros(1, 77, dtype=torch.long)))}
-        half = max(args.rounds // 2, 1)
-        with tqdm(total=len(dtypes) * (6 * half + len(makers) * args.rounds * len(args.batches) * (4 + args.guided)), desc="speed", mininterval=1) as bar:
+        with tqdm(total=len(dtypes) * (6 * args.half + len(makers) * args.rounds * len(args.batches) * (4 + args.guided)), desc="speed", mininterval=1) as bar:
             for dtype in (getattr(torch, name) for name in dtypes):
                 rows += processes(folder, args, dtype, bar)                  # before this process holds much itself
-                loads = in_turns({"ours": lambda: ours(folder, args.device, dtype), "diffusers": lambda: theirs(folder, args.device, dtype)}, half, args.device, bar)
-                rows.append({"stage": "load", "dtype": str(dtype)[6:], "batch": 1, "steps": 1, "times": loads})
+                loads = {"ours": lambda: clocked(lambda: ours(folder, args.device, dtype), args.device), "diffusers": lambda: clocked(lambda: theirs(folder, args.device, dtype), args.device)}
+                rows.append({"stage": "load", "dtype": str(dtype)[6:], "batch": 1, "steps": 1, "times": in_turns(loads, args.half, bar)})
                 rows += stages({name: make(folder, args.device, dtype) for name, make in makers.items()}, args, dtype, flop, bar)
     facts = {"hardware": log.hardware(), "threads": torch.get_num_threads(), "config": args.config, "date": time.strftime("%Y-%m-%d"), "torch": torch.__version__,
              "diffusers": diffusers.__version__, "command": " ".join(["python", *sys.argv]), "rows": rows}

@@ -1,0 +1,211 @@
+"""Fast paths give the slow paths' pictures, importing no more than they need; and the benchmark beside diffusers runs."""
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import fast
+import sample
+import weights
+from conftest import one_line, relative_error
+from instaflow import InstaFlow
+
+ROOT = Path(__file__).resolve().parent.parent
+MINI = ROOT / "models" / "mini-instaflow"
+spec = importlib.util.spec_from_file_location("speed", ROOT / "benchmarks" / "speed.py")
+speed = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(speed)
+
+
+def drawn(path):
+    with Image.open(path) as image:
+        return np.array(image).astype(int)
+
+
+# --- one module ---
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind, size", [(dict(kernel_size=3, padding=1), (2, 24, 9, 7)), (dict(kernel_size=3, stride=2, padding=1), (1, 24, 8, 8)), (dict(kernel_size=1, bias=False), (1, 24, 8, 8))], ids=str)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_a_packed_convolution_is_the_convolution(kind, size, layout):
+    layer, x, other = torch.nn.Conv2d(24, 40, **kind), torch.randn(size).to(memory_format=layout), torch.randn(1, 24, 12, 16)
+    expected, more = layer(x), layer(other)
+    assert type(fast.pack(layer)) is fast.PackedConv
+    assert relative_error(layer(x), expected) <= 1e-5 and layer.weight is None
+    assert relative_error(layer(other), more) <= 1e-5                        # packed for another size
+    assert layer(x.contiguous(memory_format=torch.channels_last)).is_contiguous(memory_format=torch.channels_last)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_packed_product_is_the_product(bias):
+    layer, x = torch.nn.Linear(48, 80, bias=bias).bfloat16(), torch.randn(2, 7, 48).bfloat16()
+    expected, more = layer(x), layer(x[:, :3])
+    assert type(fast.pack(layer)) is fast.PackedLinear
+    assert relative_error(layer(x).float(), expected.float()) <= 1e-2 and relative_error(layer(x[:, :3]).float(), more.float()) <= 1e-2
+    assert type(fast.pack(torch.nn.Linear(48, 80))) is torch.nn.Linear      # float32 products are as fast as they are
+
+
+def test_nothing_is_packed_where_onednn_is_not(monkeypatch):
+    monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
+    assert type(fast.pack(torch.nn.Conv2d(4, 4, 3))) is torch.nn.Conv2d
+
+
+@torch.no_grad()
+def test_in_place_norms_only_where_no_gradient_is_wanted(tiny):
+    """With gradients the VAE gives the same picture and leaves what autograd kept alone."""
+    model = InstaFlow.load(tiny / "flow")
+    latent = torch.randn(1, 4, 8, 8)
+    image = model.vae.decode(latent)
+    with torch.enable_grad():
+        leaf = latent.clone().requires_grad_()
+        again = model.vae.decode(leaf)
+        again.square().sum().backward()
+    assert torch.equal(image, again.detach()) and leaf.grad.isfinite().all() and leaf.grad.abs().max() > 0
+
+
+# --- whole pictures of the shipped model: plain modules in float32 against what sample.py does ---
+
+@pytest.fixture(scope="module")
+def plain():
+    """Latents and picture of one step: contiguous, unpacked, float32, straight from the modules."""
+    model = InstaFlow.load(MINI)
+    with torch.no_grad():
+        x = model.noise(3, 0, 1)
+        latent = x + model.unet(x.contiguous(), torch.tensor([1000.0]), model.text(["a large green heart"]))
+        return latent, model.vae.decode((latent / model.scale).contiguous()).clamp(-1, 1)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.bfloat16, 2e-2)], ids=str)
+def test_fast_paths_give_the_slow_ones_picture(plain, dtype, tolerance):
+    model = InstaFlow.load(MINI, dtype=dtype)
+    for module in (model.text, model.unet, model.vae):
+        fast.pack(module)
+    latent = model.latents(["a large green heart"], steps=1, guidance=1.0, seed=3)
+    assert relative_error(latent.float(), plain[0]) <= tolerance
+    assert relative_error(model.decode(latent), plain[1]) <= 2 * tolerance   # two networks' rounding
+
+
+def test_low_memory_draws_the_same(command, tiny, tmp_path):
+    (tmp_path / "p.png").write_bytes((ROOT / "benchmarks" / "compare.png").read_bytes())
+    for words in (["a", "b", "a", "--batch", 2, "--guidance", 2], ["a", "--image", tmp_path / "p.png"], ["a", "--interpolate", 1, 2, "--frames", 3], ["a", "b", "--dtype", "bfloat16"]):
+        for flags in ([], ["--low-memory"]):
+            status, out, err = command("sample.py", "--model", tiny / "flow", "--device", "cpu", "--steps", 2, *words, *flags, "--out", tmp_path / f"{len(flags)}.png")
+            assert (status, err) == (0, "")
+        assert np.array_equal(drawn(tmp_path / "0.png"), drawn(tmp_path / "1.png")), words
+
+
+def settings(**changed):
+    return Namespace(**{**dict(batch=2, image=None, tile=None, guidance=None, negative="", seed=0, device="cpu", dtype=torch.float32, compile=False,
+                               low_memory=False, height=None, width=None, random_weights=None, prediction=None, lora=[], strength=0.6), **changed})
+
+
+def test_modules_come_one_after_the_other_and_leave(tiny):
+    args = settings(low_memory=True)
+    model, seen = sample.load(tiny / "flow", args, 1), []
+    gone = lambda module: next(module.parameters()).device.type == "meta"
+    for name, module in (("text", model.text), ("unet", model.unet), ("vae", model.vae.decoder)):
+        module.register_forward_pre_hook(lambda *_, name=name: seen.append((name, [gone(m) for m in (model.text, model.unet, model.vae)])))
+    list(sample.pictures(model, ["a", "b", "c"], args, 1))
+    assert list(dict.fromkeys(name for name, _ in seen)) == ["text", "unet", "vae"]
+    assert all(left == {"text": [False] * 3, "unet": [True, False, False], "vae": [True, True, False]}[name] for name, left in seen)
+    assert all(map(gone, (model.text, model.unet, model.vae)))
+
+
+@pytest.mark.parametrize("guidance, texts", [(1.0, ["a", "b"]), (2.0, ["a", "b", ""])])
+def test_each_different_prompt_is_read_once(tiny, guidance, texts):
+    model, args, read = InstaFlow.load(tiny / "flow"), settings(guidance=guidance), []
+    model.text.register_forward_pre_hook(lambda module, words: read.extend(words[0]))
+    images = list(sample.pictures(model, ["a", "b", "a", "b", "b"], args, 1))
+    assert read == texts and len(images) == 5
+
+
+# --- files and imports ---
+
+def test_a_file_that_was_converted_leaves_memory(peers):
+    maps = Path("/proc/self/maps")
+    if not maps.exists():
+        pytest.skip("no /proc")
+    unet = weights.load_unet(peers.path / "unet", torch.bfloat16)
+    assert unet.conv_in.weight.dtype == torch.bfloat16
+    assert str(peers.path / "unet" / weights.UNET_FILE) not in maps.read_text()
+
+
+def test_a_picture_imports_no_more_than_it_needs(tiny, tmp_path):
+    code = "import sys, sample, cli\ncli.run(sample.main)\nprint('MODULES', *{name.partition('.')[0] for name in sys.modules}, *(n for n in ('torch._dynamo', 'torch._inductor') if n in sys.modules))"
+    line = [sys.executable, "-c", code, "--model", tiny / "flow", "--device", "cpu", "--steps", "1", "--out", tmp_path / "x.png", "a"]
+    done = subprocess.run(line, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    loaded = set(done.stdout.split("MODULES ")[1].split())
+    assert not loaded & {"open_clip", "torchvision", "timm", "scipy", "matplotlib", "pandas", "diffusers", "transformers", "huggingface_hub", "torch._dynamo", "torch._inductor"}
+
+
+# --- the benchmark ---
+
+def bench(monkeypatch, capsys, *words):
+    import cli
+    monkeypatch.setattr(sys, "argv", ["speed.py", *map(str, words)])
+    status = 0
+    try:
+        cli.run(speed.main)
+    except SystemExit as end:
+        status = end.code
+    return status, *capsys.readouterr()
+
+
+def test_the_benchmark_in_small(monkeypatch, capsys, tmp_path):
+    status, out, err = bench(monkeypatch, capsys, "--config", "mini", "--device", "cpu", "--rounds", 1, "--batches", "1,2", "--out", tmp_path, "--folder", tmp_path / "model")
+    assert status == 0, err
+    told = json.loads((tmp_path / "speed-cpu.json").read_text())
+    assert [(row["stage"], row["batch"]) for row in told["rows"]] == [("process start to PNG", 1), ("load", 1)] + [(s, b) for b in (1, 2) for s in ("text", "U-Net", "decoder", "picture")]
+    for row in told["rows"]:
+        assert {"ours", "diffusers"} <= row["times"].keys() and all(t["s"] > 0 for t in row["times"].values())
+        if row["stage"] in ("text", "U-Net", "decoder"):   # the same weights, the same inputs
+            assert row["largest_difference"] <= 2e-2
+    assert told["rows"][0]["times"]["ours"]["peak_gib"] > 0.1 and out.count("| picture |") == 2
+    with Image.open(tmp_path / "speed-cpu.png") as image:
+        assert image.width > 500
+
+
+def test_ratios_are_to_the_peers_best():
+    times = {"ours": {"s": 3.0}, "ours, compiled": {"s": 1.5}, "diffusers": {"s": 4.0}, "diffusers, compiled": {"s": 2.0}}
+    assert speed.ratio(times, "s") == 0.75
+
+
+def test_without_diffusers_it_says_so(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    assert one_line(bench(monkeypatch, capsys, "--config", "mini"), "diffusers", "pip install -r requirements-dev.txt")
+
+
+def test_a_dtype_that_is_none(monkeypatch, capsys):
+    assert one_line(bench(monkeypatch, capsys, "--dtypes", "int8"), "--dtypes int8")
+
+
+# --- slow ---
+
+@pytest.mark.slow
+def test_compiled_gives_the_same_picture(command, tiny, tmp_path):
+    for flags in ([], ["--compile"]):
+        assert command("sample.py", "--model", tiny / "flow", "--device", "cpu", "--steps", 2, "a", *flags, "--out", tmp_path / f"{len(flags)}.png")[0] == 0
+    assert np.abs(drawn(tmp_path / "0.png") - drawn(tmp_path / "1.png")).max() <= 1
+
+
+@pytest.mark.slow
+@torch.no_grad()
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.bfloat16, 2e-2)], ids=str)
+def test_fast_paths_at_full_size(dtype, tolerance):
+    model = InstaFlow.random("sd15")
+    x, text = model.noise(0, 0, 1), model.text(["a red circle"])
+    slow = x + model.unet(x.contiguous(), torch.tensor([1000.0]), text)
+    model.to("cpu", dtype)
+    fast.pack(model.unet)
+    assert relative_error(model.solve(x.to(dtype), text.to(dtype), None, 1, 1.0).float(), slow) <= tolerance
