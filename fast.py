@@ -38,14 +38,16 @@ class PackedLinear(nn.Linear):
 
 def pack(module):
     """Have a module's convolutions and bf16 matrix products pack their weights when they are first used -> module. Only on a CPU
-    that oneDNN knows; elsewhere nothing happens. (These are the operators that torch.compile calls; PyTorch has no public name for them.)"""
+    where oneDNN computes in the module's dtype; elsewhere nothing happens. (These are the operators that torch.compile calls:
+    PyTorch has no public names for them.)"""
     p = next(module.parameters())
-    if p.device.type == "cpu" and torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled and hasattr(torch.ops.mkldnn, "_convolution_pointwise"):
-        for layer in module.modules():
-            if type(layer) is nn.Conv2d:
-                layer.__class__ = PackedConv
-            elif type(layer) is nn.Linear and p.dtype == torch.bfloat16:
-                layer.__class__ = PackedLinear
+    known = p.device.type == "cpu" and torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
+    half = known and p.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    for layer in module.modules() if half or known and p.dtype == torch.float32 else ():
+        if type(layer) is nn.Conv2d:
+            layer.__class__ = PackedConv
+        elif type(layer) is nn.Linear and half:
+            layer.__class__ = PackedLinear
     return module
 
 

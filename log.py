@@ -16,7 +16,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch.utils.flop_counter import FlopCounterMode
 
 import cli
 from checkpoint import write
@@ -114,6 +113,7 @@ def _json(line):
 
 def flops(call):
     """Floating point operations of call() (two a multiply-add, as everyone counts), on the meta device: nothing is computed."""
+    from torch.utils.flop_counter import FlopCounterMode   # here: it imports triton
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
         call()
     return counter.get_total_flops()

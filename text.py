@@ -36,7 +36,10 @@ class TextConfig:
         for key, value in {"vocab_size": VOCABULARY, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}.items():
             if config.get(key, value) != value:
                 raise ValueError(f"text config: {key} is {config[key]!r}, but CLIP ViT-L/14's text tower has {value!r}")
-        return cls(**{k: v for k, v in config.items() if k in cls.__dataclass_fields__})
+        made = cls(**{k: v for k, v in config.items() if k in cls.__dataclass_fields__})
+        if made.num_attention_heads < 1 or made.hidden_size % made.num_attention_heads:
+            raise ValueError(f"text config: num_attention_heads is {made.num_attention_heads}, which does not divide hidden_size, {made.hidden_size}")
+        return made
 
     def to_dict(self):
         """The config.json that transformers' CLIPTextModel reads."""
@@ -79,10 +82,12 @@ class Transformer(nn.Module):
     def __init__(self, config):
         super().__init__()
         width, layers = config.hidden_size, config.num_hidden_layers
-        self.token_embedding = nn.Embedding(VOCABULARY, width)
+        self.token_embedding = nn.Embedding.from_pretrained(torch.empty(VOCABULARY, width), freeze=False)
         self.positional_embedding = nn.Parameter(torch.empty(config.max_position_embeddings, width))
         self.transformer = nn.ModuleDict({"resblocks": nn.ModuleList(Block(width, config.num_attention_heads, config.intermediate_size) for _ in range(layers))})
         self.ln_final = nn.LayerNorm(width)
+        if self.positional_embedding.is_meta:              # to be filled from a file: here, drawing nothing would import the whole compiler
+            return
         nn.init.normal_(self.token_embedding.weight, std=0.02)
         nn.init.normal_(self.positional_embedding, std=0.01)
         for block in self.transformer["resblocks"]:
