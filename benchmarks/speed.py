@@ -167,34 +167,34 @@ def ratio(times, key):
     return mine / other if other else float("nan")
 
 
-def table(rows):
-    """Lines of markdown."""
+def table(rows, key):
+    """Lines of markdown. key: "s", or "cpu_s", by which the share of the ceiling is."""
     names = list(dict.fromkeys(name for row in rows for name in row["times"]))
     lines = ["| stage | dtype | batch | steps | " + " | ".join(f"{n}, ms (cpu s)" for n in names) + " | ours / peer's best, clock | cpu s | share of the ceiling |", "|" + "---|" * (len(names) + 7)]
     for row in rows:
         cells = [f"{1000 * row['times'][n]['s']:.0f} ({row['times'][n]['cpu_s']:.2f})" if n in row["times"] else "" for n in names]
-        quick = min(t["s"] for n, t in row["times"].items() if n.startswith("ours"))
+        quick = min(t[key] for n, t in row["times"].items() if n.startswith("ours"))
         lines.append(f"| {row['stage']} | {row['dtype']} | {row['batch']} | {row['steps']} | " + " | ".join(cells) + f" | {ratio(row['times'], 's'):.2f} | {ratio(row['times'], 'cpu_s'):.2f} | "
-                     + (f"{row['floor_s'] / quick:.0%} |" if "floor_s" in row else "|"))
+                     + (f"{row[f'floor_{key}'] / quick:.0%} |" if "tflop" in row else "|"))
     for row in rows:
-        for key in [k for k in KEYS[2:] if row["times"]["ours"].get(k)]:
-            lines += ["", f"Peak memory of a process, {row['dtype']}, {'on the GPU' if key == 'gpu_gib' else 'resident'}, GiB: " + ", ".join(f"{name} {t[key]:.2f}" for name, t in row["times"].items()) + f"; ours / peer's best {ratio(row['times'], key):.2f}."]
+        for where in [k for k in KEYS[2:] if row["times"]["ours"].get(k)]:
+            lines += ["", f"Peak memory of a process, {row['dtype']}, {'on the GPU' if where == 'gpu_gib' else 'resident'}, GiB: " + ", ".join(f"{name} {t[where]:.2f}" for name, t in row["times"].items()) + f"; ours / peer's best {ratio(row['times'], where):.2f}."]
     return lines
 
 
-def chart(rows, path, title):
+def chart(rows, key, path, title):
     """Bars of the first batch, a panel a stage and dtype, beside the floor: the stage's operations at the ceiling."""
     from matplotlib.figure import Figure
     rows = [row for row in rows if row["batch"] == rows[0]["batch"]]
-    figure = Figure(figsize=(10, 1.6 * len(rows) + 0.6), layout="constrained")
+    figure = Figure(figsize=(10, 1.5 * len(rows) + 0.6), layout="constrained")
     for axes, row in zip(figure.subplots(len(rows), 1, squeeze=False)[:, 0], rows):
-        names = list(row["times"])[::-1]
-        bars = axes.barh(names, [row["times"][n]["s"] for n in names], color=["tab:blue" if n.startswith("ours") else "tab:orange" for n in names])
-        axes.bar_label(bars, [f" {row['times'][n]['s']:.3g} s" for n in names], fontsize=8)
-        if "floor_s" in row:
-            axes.axvline(row["floor_s"], color="black", linestyle="--", label=f"floor {row['floor_s']:.2g} s")
-            axes.legend(loc="lower right", fontsize=8)
-        axes.set_title(f"{row['stage']}, {row['dtype']}, batch {row['batch']}" + f", {row['steps']} steps" * (row["steps"] > 1), fontsize=9, loc="left")
+        names, head = list(row["times"])[::-1], f"{row['stage']}, {row['dtype']}, batch {row['batch']}" + f", {row['steps']} steps" * (row["steps"] > 1)
+        bars = axes.barh(names, [row["times"][n][key] for n in names], color=["tab:blue" if n.startswith("ours") else "tab:orange" for n in names])
+        axes.bar_label(bars, [f" {row['times'][n][key]:.3g} s" for n in names], fontsize=8)
+        if "tflop" in row:
+            axes.axvline(row[f"floor_{key}"], color="black", linestyle="--")
+            head += f"; dashed: {row['tflop']:.3g} TFLOP at the ceiling, {row[f'floor_{key}']:.2g} s"
+        axes.set_title(head, fontsize=9, loc="left")
         axes.margins(x=0.12)
         axes.tick_params(labelsize=8)
     figure.suptitle(title, fontsize=10)
@@ -240,8 +240,9 @@ def main():
              "diffusers": diffusers.__version__, "command": " ".join(["python", *sys.argv]), "rows": rows}
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / f"speed-{kind}.json").write_text(json.dumps(facts, indent=1) + "\n")
-    chart(rows, args.out / f"speed-{kind}.png", f"{args.config}, {facts['hardware']}, {facts['threads']} threads, {facts['date']}")
-    print("\n".join(table(rows)))
+    key = "cpu_s" if kind == "cpu" else "s"
+    chart(rows, key, args.out / f"speed-{kind}.png", f"{args.config}, {'processor seconds' if kind == 'cpu' else 'seconds'}: {facts['hardware']}, {facts['threads']} threads, {facts['date']}")
+    print("\n".join(table(rows, key)))
 
 
 if __name__ == "__main__":
