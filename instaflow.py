@@ -195,10 +195,11 @@ class InstaFlow:
             raise ValueError("prompts must be a list of at least one str")
         x0 = self.noise(seed, first, len(prompts), height, width)
         self.check_steps(steps)
-        known = {prompt: i for i, prompt in enumerate(dict.fromkeys([*prompts, negative]))}
+        unguided = (self.info["guidance"] if guidance is None else guidance) == 1
+        known = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts if unguided else [*prompts, negative]))}
         with torch.no_grad():
             states = self.text(list(known))                # each different prompt once
-        return self.solve(x0, states[[known[prompt] for prompt in prompts]], states[[known[negative]]], steps, guidance)
+        return self.solve(x0, states[[known[prompt] for prompt in prompts]], states[[known.get(negative, 0)]], steps, guidance)
 
     def check_steps(self, steps):
         """Warn on stderr where a student is asked for more steps than it was trained for: its pictures break."""
