@@ -219,7 +219,9 @@ def _fill_text(tower, tensors, path, dtype, prefix="", **words):
     bare = not any(key.startswith(prefix + "text_model.") for key in tensors)
     wanted = {prefix + (key.removeprefix("text_model.") if bare else key): value for key, value in text_to_transformers(tower.state_dict()).items()}
     check(wanted, tensors, path, **words)
-    return fill(tower, text_from_transformers({key.removeprefix(prefix): value for key, value in tensors.items()}), dtype)
+    fill(tower, text_from_transformers({key.removeprefix(prefix): value for key, value in tensors.items()}), dtype)
+    tower.tower.attn_mask = tower.tower.build_causal_mask().to(dtype=next(tower.parameters()).dtype)      # a buffer that is in no file
+    return tower
 
 
 def load_unet(folder, dtype=torch.float32):

@@ -47,10 +47,11 @@ print("PEAK", 1024 * int(re.search(r"VmHWM:\s+(\d+)", open("/proc/self/status").
 def write_model(folder, config):
     """Random weights of a size in CONFIGS in float16, and CLIP's vocabulary as transformers wants it, unless they are there."""
     if not (folder / "instaflow.json").exists():
-        ids, ranks, _ = text._vocabulary()
+        bpe = text._bpe()
+        ids = {token: i for token, i in bpe.encoder.items() if token not in ("<start_of_text>", "<end_of_text>")}      # open_clip's names for the last two
         (folder / "tokenizer").mkdir(parents=True, exist_ok=True)
         (folder / "tokenizer" / "vocab.json").write_text(json.dumps(ids))
-        (folder / "tokenizer" / "merges.txt").write_text("\n".join(["#version: 0.2", *map(" ".join, ranks)]) + "\n")
+        (folder / "tokenizer" / "merges.txt").write_text("\n".join(["#version: 0.2", *map(" ".join, bpe.bpe_ranks)]) + "\n")
         InstaFlow.random(config).save(folder, self_contained=True, dtype=torch.float16)
 
 

@@ -169,6 +169,12 @@ def test_weights_in_the_asked_dtype_stay_on_their_file(peers):
     assert path.read_bytes() == before
 
 
+def test_the_mask_of_a_loaded_text_tower(model):
+    """A buffer that is in no file."""
+    mask = model.text.tower.attn_mask
+    assert mask.device.type == "cpu" and (mask == torch.full((77, 77), float("-inf")).triu(1)).all()
+
+
 # --- what we write, the peers read ---
 
 def test_diffusers_and_transformers_open_our_folder_strictly(model, peers, tmp_path):
