@@ -157,7 +157,7 @@ def shared_noise(args):
     apart = [row["unrelated"] for row in kept.values() if "unrelated" in row]
     title = "Each column: one noise, one prompt, for all models"
     if apart:
-        title += f"\nleft: mean squared distance of {args.n} held-out latents from the teacher's\n(two unrelated pictures of a teacher: {np.mean(apart):.2f})"
+        title += f"\nleft: mean squared distance of the latents from the teacher's (MODEL:STEPS), over {args.n} held-out captions;\nunrelated latents of a teacher have {np.mean(apart):.2f}"
     figures.sheet([draw(model, prompts, model.noise(args.seed, 0, len(prompts)), number) for _, _, model, number in rows], labels, prompts, title, args.out)
 
 

@@ -44,7 +44,7 @@ def curves(lines, panels, path, level=None, notes=()):
 
 def sheet(rows, labels, columns, title, path):
     """Rows of PIL images, labelled at the left and on top -> a PNG."""
-    page = Figure(figsize=(2.6 + 1.9 * len(columns), 1.3 + 1.95 * len(rows)), layout="constrained")
+    page = Figure(figsize=(2.6 + 1.9 * len(columns), 1.3 + 1.95 * len(rows)), layout="compressed")
     axes = page.subplots(len(rows), len(columns), squeeze=False)
     for line, row, label in zip(axes, rows, labels):
         line[0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=15)
@@ -55,7 +55,7 @@ def sheet(rows, labels, columns, title, path):
     for panel, column in zip(axes[0], columns):
         panel.set_title(textwrap.fill(column, 18), fontsize=14)
     page.suptitle(title, fontsize=15)
-    page.savefig(path, dpi=75)
+    page.savefig(path, dpi=75, bbox_inches="tight")
 
 
 # --- the flows in the plane ---
