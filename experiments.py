@@ -92,11 +92,10 @@ def guidance(args):
     for name, row in kept.items():
         print(f"{name}: exact match {row['exact']:.3f}, FID {row['fid']:.2f}")
     import figures                                         # matplotlib, only where a figure is drawn
-    of = lambda names: [([kept[name]["exact"] for name in names], [kept[name]["fid"] for name in names])]
-    lines = {item: of([point(item, alpha) for alpha in args.values]) for item, *_ in rows}
-    figures.curves({**lines, floor: of([floor])}, [dict(
-        title=f"Numbers: guidance strength (w on noise, α on velocity); {args.n} captions", xlabel="exact match (share of captions shown; right is better)",
-        ylabel="FID in the judge's features (low is better)", yscale="log")], args.out, floor, [f"{alpha:g}" for alpha in args.values])
+    figures.curves({item: [[[kept[point(item, alpha)][measure] for alpha in args.values] for measure in ("exact", "fid")]] for item, *_ in rows}, [dict(
+        title=f"At the points: guidance strength (w on noise, α on velocity)\n{args.n} captions; VAE reconstructions: {kept[floor]['exact']:.3f}, {kept[floor]['fid']:.2f}",
+        xlabel="exact match (share of captions shown; right is better)", ylabel="FID in the judge's features (low is better)", yscale="log")],
+        args.out, notes=[f"{alpha:g}" for alpha in args.values])
 
 
 def along_time(args):
@@ -111,7 +110,8 @@ def along_time(args):
         print(f"{name}: S {row['straightness']:.4f}")
     import figures
     figures.curves({f"{name} (S = {row['straightness']:.3f})": [(row["t"], row["curve"])] for name, row in kept.items()},
-                   [dict(title="Distance from a straight path (S: its mean)", xlabel="flow time t (0 is noise, 1 the image)", ylabel="E ‖(Z₁ − Z₀) − v(Zₜ, t)‖², a latent element", yscale="log")], args.out)
+                   [dict(title=f"How far from straight: S is the mean over t; {args.n} captions", xlabel="flow time t (0: noise, 1: image)",
+                         ylabel="E ‖(Z₁ − Z₀) − v(Zₜ, t)‖² per latent element", yscale="log")], args.out)
 
 
 def steps(args):
@@ -129,7 +129,7 @@ def steps(args):
     axis = dict(xlabel="steps of the sampler", xscale="log", xticks=args.steps)
     figures.curves({**lines, floor: of([floor] * len(args.steps))}, [
         dict(axis, title=f"{args.n} captions, each model at its own guidance", ylabel="exact match (share of captions shown)", ylim=(-0.02, 1.02)),
-        dict(axis, title="low is better", ylabel="FID in the judge's features", yscale="log")], args.out, floor)
+        dict(axis, ylabel="FID in the judge's features (low is better)", yscale="log")], args.out, floor)
 
 
 @torch.no_grad()

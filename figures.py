@@ -20,8 +20,8 @@ DARK = "#123f77"
 # --- experiments ---
 
 def curves(lines, panels, path, level=None, notes=()):
-    """lines: {name: [(x, y), one a panel]}, panels: [what Axes.set takes] -> a PNG. level: the name of the line that is no model but
-    something to compare with. notes: a text a point, beside each."""
+    """lines: {name: [(x, y) of each panel]}, panels: [what Axes.set takes] -> a PNG. level: the name of the line that is no model but
+    something to compare with. notes: what stands beside each point of a line."""
     page = Figure(figsize=(1.2 + 6.6 * len(panels), 6.6), layout="constrained")
     for k, (panel, words) in enumerate(zip(page.subplots(1, len(panels), squeeze=False)[0], panels)):
         for (name, drawn), style in zip(lines.items(), cycle(STYLES)):
@@ -30,6 +30,7 @@ def curves(lines, panels, path, level=None, notes=()):
             for point in zip(notes, x, y):
                 panel.annotate(point[0], point[1:], (8, 6), textcoords="offset points", fontsize=13)
         panel.set(**words)
+        panel.title.set_size(15)
         for axis in (panel.xaxis, panel.yaxis):
             axis.label.set_size(16)
             if axis.get_scale() == "log":                  # 10, 20, 50, in place of powers
