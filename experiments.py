@@ -54,16 +54,15 @@ def table(args):
     training has), FID in the judge's features, S, held-out one-step error, ms."""
     rows, seen, unseen = chosen(args), Evaluation(args, args.n, args.split), Evaluation(args, args.held_out or max(args.n // 4, 2), "held-out")
     models = {name: model for _, name, model, _ in rows}
-    first = rows[0][2]
-    wanted = {}
+    wanted, few = {}, seen.captions[:100]
     for which, evaluation in (("", seen), (", held-out pairs", unseen)):
         wanted[f"real scenes{which}"] = evaluation.of, lambda evaluation=evaluation: evaluation.scores(evaluation.images)
-        wanted[f"their VAE reconstructions{which}"] = evaluation.floor(first)
+        wanted[f"their VAE reconstructions{which}"] = evaluation.floor(rows[0][2])
         for item, _, model, steps in rows:
             wanted[f"{item}{which}"] = evaluation.row(item, model, steps)
     for name, model in models.items():
-        few = seen.captions[:100]
-        wanted[f"{name}, S"] = f"{identity(model)}, {len(few)} captions, seed {args.seed}", lambda model=model: {"straightness": float(straightness(model, few, args.seed)[1].mean())}
+        curve = lambda model=model: {"straightness": float(straightness(model, few, args.seed)[1].mean())}
+        wanted[f"{name}, S"] = f"{identity(model)}, {args.split}, {len(few)} captions, seed {args.seed}", curve
         if model.info.get("pairs"):
             wanted[f"{name}, one step"] = content(args.models, name, model, 1, min(args.n, 500), args.seed)
     for item, _, model, steps in rows:
@@ -157,7 +156,8 @@ def shared_noise(args):
     apart = [row["unrelated"] for row in kept.values() if "unrelated" in row]
     title = "Each column: one noise, one prompt, for all models"
     if apart:
-        title += f"\nleft: mean squared distance of the latents from the teacher's (MODEL:STEPS), over {args.n} held-out captions;\nunrelated latents of a teacher have {np.mean(apart):.2f}"
+        title += (f"\nleft: mean squared distance of the latents from the teacher's (MODEL:STEPS), over {args.n} held-out captions;"
+                  f"\nunrelated latents of a teacher have {np.mean(apart):.2f}")
     figures.sheet([draw(model, prompts, model.noise(args.seed, 0, len(prompts)), number) for _, _, model, number in rows], labels, prompts, title, args.out)
 
 

@@ -160,10 +160,12 @@ def test_straightness_draws_and_keeps_what_it_draws(command, models, tmp_path):
 
 
 def test_shared_noise_and_interpolation_draw(command, models, tmp_path):
-    status, out, err = command("experiments.py", "shared-noise", "a red circle", "a blue square", "--models", models, "--rows", "teacher:4,flow:1", "--n", 2, "--device", "cpu", "--out", tmp_path / "n.png")
+    status, out, err = command("experiments.py", "shared-noise", "a red circle", "a blue square", "--models", models, "--rows", "teacher:4,flow:1", "--n", 2,
+                               "--device", "cpu", "--out", tmp_path / "n.png")
     assert status == 0 and drawn(tmp_path / "n.png")
     assert [row["teacher"] for row in json.loads((tmp_path / "n.json").read_text()).values()] == ["teacher:4", "teacher:2"]
-    status, *_ = command("experiments.py", "interpolation", "--models", models, "--rows", "teacher:2,flow:1", "--frames", 3, "--device", "cpu", "--out", tmp_path / "new" / "i.png")
+    status, *_ = command("experiments.py", "interpolation", "--models", models, "--rows", "teacher:2,flow:1", "--frames", 3, "--device", "cpu",
+                         "--out", tmp_path / "new" / "i.png")
     assert status == 0 and drawn(tmp_path / "new" / "i.png")
 
 
@@ -206,13 +208,15 @@ def test_guidance_and_steps_measure_each_point_once_and_draw(command, small, mod
         line = ("experiments.py", *words, "--models", models, "--n", 2, "--device", "cpu", "--out", tmp_path / f"{words[0]}.png")
         status, out, err = command(*line)
         assert status == 0 and drawn(tmp_path / f"{words[0]}.png") and err.count("measuring") == 5
-        assert points | {"floor"} <= {eval(row["pictures"]) if row["pictures"] != "floor" else "floor" for row in json.loads((tmp_path / f"{words[0]}.json").read_text()).values()}
+        measured = {row["pictures"] for row in json.loads((tmp_path / f"{words[0]}.json").read_text()).values()}
+        assert {"floor", *map(str, points)} <= measured
         assert command(*line)[1:] == (out, "")
 
 
 def test_the_judge_scores_a_shipped_model(command, tmp_path):
-    """One whole row of the real table, through judge and FID."""
-    status, out, err = command("experiments.py", "steps", "--models", MODELS, "--judge", MODELS / "mini-judge", "--rows", "mini-instaflow", "--steps", 1, "--n", 8, "--device", "cpu", "--out", tmp_path / "q.png")
+    """Through the real evaluation: judge, exact match and FID."""
+    status, _, _ = command("experiments.py", "steps", "--models", MODELS, "--judge", MODELS / "mini-judge", "--rows", "mini-instaflow", "--steps", 1, "--n", 8,
+                           "--device", "cpu", "--out", tmp_path / "q.png")
     floor, row = json.loads((tmp_path / "q.json").read_text()).values()
     assert status == 0 and floor["n"] == row["n"] == 8 and floor["exact"] >= 0.75 and row["exact"] <= floor["exact"] and row["fid"] > floor["fid"] > 0
 
