@@ -1,160 +1,222 @@
 """The paper's tables and figures, as commands on folders of the miniature's models.
 
-    python experiments.py table --out benchmarks/miniature.json            # the main table of the miniature
-    python experiments.py guidance --model models/mini-sd --n 500          # exact match and FID over guidance strengths
+    python experiments.py table                 # models x steps: exact match, FID, S, held-out one-step error, ms
+    python experiments.py guidance              # FID against exact match over guidance strengths
+    python experiments.py straightness          # how far the velocity is from the straight line, along t
+    python experiments.py steps                 # exact match and FID against the number of steps
+    python experiments.py shared-noise          # what each model draws from the same noise, and how far that is from its teacher's
+    python experiments.py interpolation         # what lies between two noises
+
+--models is the folder that holds the models, --rows the ones to take. What is measured is kept at once, in the JSON file --out or
+beside the PNG: a killed run goes on when the same line is run again, and a row is measured again only where the weights have changed.
 """
-import json
+import functools
 import sys
 import time
-import zlib
 from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 import cli
-import fid
-import flows
-import mini
 import scenes
 import training
-import weights
 from cli import UserError
-from instaflow import InstaFlow
-from judge import Judge, exact_match
+from instaflow import InstaFlow, to_pil
+from measure import SEED, Evaluation, content, identity, keep, milliseconds, straightness
+from sample import slerp
 
-ROWS = "mini-sd:25,mini-sd:4,mini-sd:2,mini-sd:1,mini-2rf:25,mini-2rf:4,mini-2rf:2,mini-2rf:1,mini-direct:1,mini-instaflow:1,mini-instaflow:2,mini-instaflow:4"
-SEED = 2                                                   # of the evaluation's scenes; training drew from 0, pairs from 1
-
-
-class Evaluation:
-    """Captions of n scenes that no training drew, and the judge. FID is to n other such scenes, so that real scenes have
-    one too: what is left of it at this n."""
-
-    def __init__(self, args):
-        self.args, self.judge = args, Judge.load(args.judge)
-        self.images, self.captions = mini.images(SEED, 0, args.n, args.split)
-        self.real = fid.statistics(self.judge.embed(mini.images(SEED, args.n, args.n, args.split)[0]).numpy())
-
-    def scores(self, images):
-        """Images [n, 3, 64, 64] -> exact match (overall, without relations, by number of objects) and FID to the real scenes."""
-        return {**exact_match(self.judge, images, self.captions), "fid": fid.frechet_distance(*fid.statistics(self.judge.embed(images).numpy()), *self.real)}
-
-    def row(self, path, steps):
-        model = InstaFlow.load(path)
-        scores = self.scores(self.generate(model, steps, desc=f"{path.name}:{steps}"))
-        return {**scores, "straightness": straightness(model, self.captions[:100], self.args.seed), "ms": milliseconds(model, steps), "guidance": model.info["guidance"]}
-
-    @torch.no_grad()
-    def generate(self, model, steps, guidance=None, desc=""):
-        """One picture a caption, picture i from noise(0, seed, i) -> [n, 3, 64, 64]."""
-        out, batch = [], 100
-        for start in tqdm(range(0, len(self.captions), batch), desc=desc, leave=False, mininterval=1):
-            with training.autocast(model.device):
-                latents = model.latents(self.captions[start:start + batch], steps, guidance, self.args.seed, start)
-                out.append(model.decode(latents))
-        return torch.cat(out)
+TABLE = "mini-sd:25,mini-sd:4,mini-sd:2,mini-sd:1,mini-2rf:25,mini-2rf:4,mini-2rf:2,mini-2rf:1,mini-direct:1,mini-instaflow:1,mini-instaflow:2,mini-instaflow:4"
+PROMPTS = ["a red circle left of a blue square", "a large green heart", "a blue ring above a yellow square", "a purple circle on a dark background", "a small orange square"]
 
 
-@torch.no_grad()
-def reconstruct(model, images):
-    """Through the VAE and back: what no model on its latents can beat."""
-    return torch.cat([model.vae.decode(model.vae.encode(batch)[0]).clamp(-1, 1) for batch in images.split(100)])
+def chosen(args, counted=True):
+    """--rows -> [(item, model's name, model, steps)], where an item is MODEL:STEPS, or just MODEL where steps are not counted. All
+    models are loaded before anything is measured."""
+    models, rows = {}, []
+    for item in args.rows.split(","):
+        name, colon, number = item.partition(":")
+        if not name or bool(colon) != counted or counted and not (number.isdecimal() and int(number)):
+            raise UserError(f"--rows {item}: write " + ("MODEL:STEPS, as in mini-sd:25" if counted else "MODEL, as in mini-sd"))
+        if name not in models:
+            models[name] = InstaFlow.load(Path(args.models) / name, args.device)
+        rows.append((item, name, models[name], int(number or 0)))
+    return rows
 
 
-@torch.no_grad()
-def straightness(model, captions, seed=0, steps=100):
-    """S over the part of [0, 1] that Stable Diffusion's schedule reaches, time stretched to [0, 1], at the model's own
-    guidance: so a noise predictor and a flow are measured alike (Liu et al. 2022, section 2.2)."""
-    lo, hi = model.schedule.range()
-    text = model.text([*captions, ""])
-    velocity = flows.guided(model.velocity, text[:-1], text[-1:], model.info["guidance"])
-    z = model.noise(seed, 0, len(captions))
-    if model.info["prediction"] == "epsilon":
-        z = z * (lo ** 2 + (1 - lo) ** 2) ** 0.5           # its noisiest point, in the flow's coordinates
-    else:
-        z = z + lo * velocity(z, torch.zeros(len(z)))
-    return float(flows.straightness(lambda x, u: (hi - lo) * velocity(x, lo + (hi - lo) * u), z, steps)) / (hi - lo) ** 2
-
-
-def milliseconds(model, steps, repeats=7):
-    """Median time of one picture alone, prompt to pixels, float32."""
-    times = []
-    for i in range(repeats + 2):
-        started = time.perf_counter()
-        model.generate(["a red circle left of a blue square"], steps, seed=i)
-        times.append(1000 * (time.perf_counter() - started))
-    return float(np.median(times[2:]))
-
-
-def crc(path):
-    try:
-        return f"{zlib.crc32(path.read_bytes()):08x}"
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing; train that model, or leave it out of --rows") from None
+def beside(args):
+    """The JSON file of a figure."""
+    return args.out.with_suffix(".json")
 
 
 def table(args):
-    """Exact match, FID in the judge's features, S and ms for each model and number of steps. A row is kept as soon as it
-    is measured, and measured again only when the weights it is of have changed."""
-    path, folder = Path(args.out), Path(args.models)
-    kept = weights.read_json(path) if path.exists() else {}
-    evaluation, base = Evaluation(args), InstaFlow.load(folder / "mini-sd")
-    frozen = f"judge {crc(Path(args.judge) / 'judge.safetensors')}, VAE {crc(folder / 'mini-sd' / 'vae' / weights.VAE_FILE)}"
-    measures = {"real scenes": (frozen, lambda: evaluation.scores(evaluation.images)),
-                "their VAE reconstructions": (frozen, lambda: evaluation.scores(reconstruct(base, evaluation.images)))}
-    for item in args.rows.split(","):
-        name, _, steps = item.rpartition(":")
-        if not name or not steps.isdigit() or int(steps) < 1:
-            raise UserError(f"--rows {item}: write MODEL:STEPS, as in mini-sd:25")
-        measures[item] = f"{frozen}, U-Net {crc(folder / name / 'unet' / weights.UNET_FILE)}", lambda name=name, steps=int(steps): evaluation.row(folder / name, steps)
-    rows = {}
-    for item, (of, measure) in measures.items():
-        key = f"{item}, n {args.n}, split {args.split}, seed {args.seed}, {of}"
-        if key not in kept:
-            print(f"measuring {item}", file=sys.stderr)
-            kept[key] = {**measure(), "measured": f"{training.hardware()}, {time.strftime('%Y-%m-%d')}"}
-        rows[key] = kept[key]
-        training.write(path, (json.dumps(kept | rows, indent=1) + "\n").encode())
-    training.write(path, (json.dumps(rows, indent=1) + "\n").encode())
-    print("| model : steps | exact match | 1 / 2 / 3 objects | order ignored | FID (judge) | S | ms |\n|---|---|---|---|---|---|---|")
-    for item, row in zip(measures, rows.values()):
+    """Models x steps: exact match (overall, by number of objects, order ignored, and on scenes with pairs of colour and shape that no
+    training has), FID in the judge's features, S, held-out one-step error, ms."""
+    rows, seen, unseen = chosen(args), Evaluation(args, args.n, args.split), Evaluation(args, args.held_out or max(args.n // 4, 2), "held-out")
+    models = {name: model for _, name, model, _ in rows}
+    wanted, few = {}, seen.captions[:100]
+    for which, evaluation in (("", seen), (", held-out pairs", unseen)):
+        wanted[f"real scenes{which}"] = evaluation.of, lambda evaluation=evaluation: evaluation.scores(evaluation.images)
+        wanted[f"their VAE reconstructions{which}"] = evaluation.floor(rows[0][2])
+        for item, _, model, steps in rows:
+            wanted[f"{item}{which}"] = evaluation.row(item, model, steps)
+    for name, model in models.items():
+        curve = lambda model=model: {"straightness": float(straightness(model, few, args.seed)[1].mean())}
+        wanted[f"{name}, S"] = f"{identity(model)}, {args.split}, {len(few)} captions, seed {args.seed}", curve
+        if model.info.get("pairs"):
+            wanted[f"{name}, one step"] = content(args.models, name, model, 1, min(args.n, 500), args.seed)
+    for item, _, model, steps in rows:
+        wanted[f"{item}, ms"] = identity(model), lambda model=model, steps=steps: {"ms": milliseconds(model, steps)}
+    kept = keep(args.out, wanted)
+    print("| model : steps | exact match | 1 / 2 / 3 objects | order ignored | unseen pairs | FID (judge) | S | one-step error | ms |\n" + "|---" * 9 + "|")
+    for item in ("real scenes", "their VAE reconstructions", *(row[0] for row in rows)):
+        row, name = kept[item], item.partition(":")[0]
         by = " / ".join(f"{counted['exact']:.2f}" for counted in row["by_objects"].values())
-        speed = f"{row['straightness']:.3f} | {row['ms']:.0f}" if "ms" in row else "|"
-        print(f"| {item} | {row['exact']:.3f} | {by} | {row['unordered']:.3f} | {row['fid']:.2f} | {speed} |")
-    print(f"\n{args.n} captions, split {args.split}, seed {args.seed}, {training.hardware()}, {time.strftime('%Y-%m-%d')}: `python {' '.join(sys.argv)}`")
+        error = kept.get(f"{name}, one step", {}).get("error")
+        speed = f"{kept[f'{name}, S']['straightness']:.3f} | {'' if error is None else f'{error:.3f}'} | {kept[f'{item}, ms']['ms']:.0f}" if name in models else "| |"
+        print(f"| {item} | {row['exact']:.3f} | {by} | {row['unordered']:.3f} | {kept[f'{item}, held-out pairs']['exact']:.3f} | {row['fid']:.2f} | {speed} |")
+    apart = [row["unrelated"] for row in kept.values() if "unrelated" in row]
+    print(f"\n{args.n} captions, split {args.split}, seed {args.seed}, {training.hardware()}, {time.strftime('%Y-%m-%d')}: `python {' '.join(sys.argv)}`"
+          + f"\nUnrelated latents of a teacher have a squared distance of {np.mean(apart):.2f}." * bool(apart))
 
 
 def guidance(args):
-    """Exact match and FID over guidance strengths: pairs bake the choice in, so look before generating them."""
-    evaluation, model = Evaluation(args), InstaFlow.load(args.model)
-    for alpha in args.values:
-        scores = evaluation.scores(evaluation.generate(model, args.steps, alpha, f"guidance {alpha}"))
-        print(f"guidance {alpha}: exact match {scores['exact']:.3f}, FID {scores['fid']:.2f}", flush=True)
+    """FID against exact match over guidance strengths: pairs bake the choice in, so look before generating them."""
+    rows, evaluation = chosen(args), Evaluation(args, args.n, args.split)
+    floor, point = "VAE reconstructions", lambda item, alpha: f"{item}, guidance {alpha:g}"
+    wanted = {floor: evaluation.floor(rows[0][2])}
+    for item, _, model, steps in rows:
+        wanted |= {point(item, alpha): evaluation.row(point(item, alpha), model, steps, alpha) for alpha in args.values}
+    kept = keep(beside(args), wanted)
+    for name, row in kept.items():
+        print(f"{name}: exact match {row['exact']:.3f}, FID {row['fid']:.2f}")
+    import figures                                         # matplotlib, only where a figure is drawn
+    figures.curves({item: [[[kept[point(item, alpha)][measure] for alpha in args.values] for measure in ("exact", "fid")]] for item, *_ in rows}, [dict(
+        title=f"At the points: guidance strength (w on noise, α on velocity)\n{args.n} captions; VAE reconstructions: {kept[floor]['exact']:.3f}, {kept[floor]['fid']:.2f}",
+        xlabel="exact match (share of captions shown; right is better)", ylabel="FID in the judge's features (low is better)", yscale="log")],
+        args.out, notes=[f"{alpha:g}" for alpha in args.values])
+
+
+def along_time(args):
+    """How far the velocity is from the straight line between the path's ends, along t, and S, which is the curve's mean."""
+    rows, captions = chosen(args, counted=False), list(scenes.captions(SEED, 0, args.n))
+
+    def measure(model):
+        t, curve = straightness(model, captions, args.seed)
+        return {"straightness": float(curve.mean()), "t": t.tolist(), "curve": curve.tolist()}
+    kept = keep(beside(args), {name: (f"{identity(model)}, n {args.n}, seed {args.seed}", functools.partial(measure, model)) for _, name, model, _ in rows})
+    for name, row in kept.items():
+        print(f"{name}: S {row['straightness']:.4f}")
+    import figures
+    figures.curves({f"{name} (S = {row['straightness']:.3f})": [(row["t"], row["curve"])] for name, row in kept.items()},
+                   [dict(title=f"How far from straight: S is the mean over t; {args.n} captions", xlabel="flow time t (0: noise, 1: image)",
+                         ylabel="E ‖(Z₁ − Z₀) − v(Zₜ, t)‖² per latent element", yscale="log")], args.out)
+
+
+def steps(args):
+    """Exact match and FID against the number of steps, each model at its own guidance."""
+    rows, evaluation, floor = chosen(args, counted=False), Evaluation(args, args.n, args.split), "VAE reconstructions"
+    wanted = {floor: evaluation.floor(rows[0][2])}
+    for _, name, model, _ in rows:
+        wanted |= {f"{name}:{number}": evaluation.row(f"{name}:{number}", model, number) for number in args.steps}
+    kept = keep(beside(args), wanted)
+    for name, row in kept.items():
+        print(f"{name}: exact match {row['exact']:.3f}, FID {row['fid']:.2f}")
+    import figures
+    of = lambda names: [(args.steps, [kept[name][measure] for name in names]) for measure in ("exact", "fid")]
+    lines = {name: of([f"{name}:{number}" for number in args.steps]) for _, name, *_ in rows}
+    axis = dict(xlabel="steps of the sampler", xscale="log", xticks=args.steps)
+    figures.curves({**lines, floor: of([floor] * len(args.steps))}, [
+        dict(axis, title=f"{args.n} captions, each model at its own guidance", ylabel="exact match (share of captions shown)", ylim=(-0.02, 1.02)),
+        dict(axis, ylabel="FID in the judge's features (low is better)", yscale="log")], args.out, floor)
+
+
+@torch.no_grad()
+def draw(model, prompts, x0, number):
+    """One picture a prompt, from noise x0 [B, 4, h, w] in `number` steps -> list of PIL images."""
+    with training.autocast(model.device):
+        text = model.text([*prompts, ""])
+        return to_pil(model.decode(model.solve(x0, text[:-1], text[-1:], number)))
+
+
+def label(name, number):
+    return f"{name}\n{number} step{'s' * (number > 1)}"
+
+
+def shared_noise(args):
+    """What each model draws from the same noise, and the mean squared distance of its latents from its teacher's."""
+    rows, prompts = chosen(args), args.prompt or PROMPTS
+    kept = keep(beside(args), {item: content(args.models, name, model, number, args.n, args.seed) for item, name, model, number in rows})
+    labels = []
+    for item, name, _, number in rows:
+        row = kept[item]
+        labels.append(label(name, number) + (f"\n{row['error']:.3f} from\n{row['teacher']}" if row.get("teacher", item) != item else ""))
+        print(item, row)
+    import figures
+    apart = [row["unrelated"] for row in kept.values() if "unrelated" in row]
+    title = "Each column: one noise, one prompt, for all models"
+    if apart:
+        title += (f"\nleft: mean squared distance of the latents from the teacher's (MODEL:STEPS), over {args.n} held-out captions;"
+                  f"\nunrelated latents of a teacher have {np.mean(apart):.2f}")
+    figures.sheet([draw(model, prompts, model.noise(args.seed, 0, len(prompts)), number) for _, _, model, number in rows], labels, prompts, title, args.out)
+
+
+def interpolation(args):
+    """What each model draws between two noises, along the sphere."""
+    drawn = []
+    for _, name, model, number in chosen(args):
+        noise = slerp(*(model.noise(seed, 0, 1)[0] for seed in args.between), args.frames)
+        drawn.append((draw(model, [args.prompt] * args.frames, noise, number), label(name, number)))
+    import figures
+    columns = [f"{w:.2f}" for w in np.linspace(0, 1, args.frames)]
+    figures.sheet(*zip(*drawn), columns, f"“{args.prompt}”: from noise {args.between[0]} to noise {args.between[1]}, along the sphere", args.out)
+
+
+COMMANDS = {                                               # function, default of --rows, and of --n
+    "table": (table, TABLE, 2000),
+    "guidance": (guidance, "mini-sd:25,mini-2rf:25,mini-2rf:1", 500),
+    "straightness": (along_time, "mini-sd,mini-2rf,mini-direct,mini-instaflow", 100),
+    "steps": (steps, "mini-sd,mini-2rf,mini-direct,mini-instaflow", 500),
+    "shared-noise": (shared_noise, "mini-sd:25,mini-sd:1,mini-2rf:25,mini-2rf:1,mini-direct:1,mini-instaflow:1", 500),
+    "interpolation": (interpolation, "mini-sd:25,mini-2rf:1,mini-instaflow:1", None),
+}
 
 
 def main():
     parser = cli.Parser(__doc__)
-    commands = parser.add_subparsers(required=True)
-    for function, n in ((table, 2000), (guidance, 500)):
-        command = commands.add_parser(function.__name__, doc=function.__doc__)
-        command.set_defaults(run=function)
-        command.add_argument("--n", type=cli.positive, default=n, help="captions")
-        command.add_argument("--split", choices=scenes.SPLITS, default="train", help="held-out: scenes with colour-shape pairs that no training has")
-        command.add_argument("--seed", type=cli.seed, default=0, help="of the noise")
-        command.add_argument("--judge", default="models/mini-judge")
-        if function is table:
-            command.add_argument("--models", default="models", help="the folder that holds the models")
-            command.add_argument("--rows", default=ROWS, help="MODEL:STEPS,...")
-            command.add_argument("--out", default="benchmarks/miniature.json", help="where rows are kept")
-        else:
-            command.add_argument("--model", required=True)
-            command.add_argument("--steps", type=cli.positive)
-            command.add_argument("--values", type=float, nargs="+", default=[1.0, 1.5, 2.0, 3.0, 4.0])
+    commands = parser.add_subparsers(required=True, parser_class=cli.Parser)
+    for name, (function, rows, n) in COMMANDS.items():
+        command = commands.add_parser(name, doc=function.__doc__)
+        add = command.add_argument
+        command.set_defaults(run=function, png=name != "table")
+        add("--models", default="models", help="the folder that holds the models")
+        add("--rows", default=rows, help=("MODEL,..." if name in ("straightness", "steps") else "MODEL:STEPS,...") + " (default: %(default)s)")
+        add("--device", type=cli.device, default="cuda" if torch.cuda.is_available() else "cpu")
+        add("--out", type=Path, default=Path("benchmarks") / ("miniature.json" if name == "table" else f"{name}.png"), help="default: %(default)s")
+        if n:
+            add("--n", type=cli.positive, default=n, help="captions (default: %(default)s)")
+            add("--seed", type=cli.seed, default=0, help="of the noise")
+        if name in ("table", "guidance", "steps"):
+            add("--split", choices=scenes.SPLITS, default="train", help="held-out: scenes with pairs of colour and shape that no training has")
+            add("--judge", default="models/mini-judge")
+        if name == "table":
+            add("--held-out", type=cli.positive, metavar="N", help="captions of the column of unseen pairs (default: a quarter of --n)")
+        if name == "guidance":
+            add("--values", type=cli.number(), nargs="+", default=[1.0, 1.5, 2.0, 3.0, 4.0], help="of the guidance strength")
+        if name == "steps":
+            add("--steps", type=cli.positive, nargs="+", default=[1, 2, 4, 8, 16, 32, 64])
+        if name == "shared-noise":
+            add("prompt", nargs="*", help="the columns")
+        if name == "interpolation":
+            add("prompt", nargs="?", default=PROMPTS[0])
+            add("--between", type=cli.seed, nargs=2, default=[3, 8], metavar="SEED", help="of the two noises")
+            add("--frames", type=cli.positive, default=8)
     args = parser.parse_args()
-    if args.n < 2:
-        parser.error("--n must be at least 2")
+    if min(getattr(args, "n", 2), getattr(args, "held_out", None) or 2) < 2:
+        parser.error("--n and --held-out must be at least 2")
+    if args.png and args.out.suffix != ".png":
+        parser.error(f"--out {args.out}: figures are written as PNG; name a .png file")
+    args.out.parent.mkdir(parents=True, exist_ok=True)     # what cannot be written shows now
     args.run(args)
 
 

@@ -1,12 +1,65 @@
-"""The drawings of the two-dimensional flows: readable in greyscale, and from the back of a room."""
+"""The drawings, of experiments and of the flows in the plane: readable in greyscale, and from the back of a room."""
 import io
+import textwrap
+from itertools import cycle
 
 from matplotlib import colormaps
 from matplotlib.figure import Figure                       # without pyplot: no window, and nothing to close
+from matplotlib.ticker import FixedLocator, LogLocator, NullLocator
 from PIL import Image
 
-EDGE = 5.2                # of every panel, in the data's units
+# Colours that the colour-blind tell apart too (Okabe and Ito 2008); line and marker tell the same without any.
+STYLES = [dict(color=colour, marker=marker, linestyle=line) for colour, marker, line in zip(
+    ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000"), "os^DvPX", ("-", "--", "-.", (0, (5, 1, 1, 1, 1, 1)), (0, (2, 1)), (0, (8, 2)), "-"))]
+LEVEL = dict(color="0.35", marker="*", linestyle=":")      # what there is to compare with
+
+EDGE = 5.2                # of every panel of a flow in the plane, in the data's units
 DARK = "#123f77"
+
+
+# --- experiments ---
+
+def curves(lines, panels, path, level=None, notes=()):
+    """lines: {name: [(x, y) of each panel]}, panels: [what Axes.set takes] -> a PNG. level: the name of the line that is no model but
+    something to compare with. notes: what stands beside each point of a line."""
+    page = Figure(figsize=(1.2 + 6.6 * len(panels), 6.6), layout="constrained")
+    for k, (panel, words) in enumerate(zip(page.subplots(1, len(panels), squeeze=False)[0], panels)):
+        for (name, drawn), style in zip(lines.items(), cycle(STYLES)):
+            x, y = drawn[k]
+            panel.plot(x, y, label=name, lw=2.4, ms=10, markevery=max(1, len(x) // 10), **(LEVEL if name == level else style))
+            for point in zip(notes, x, y):
+                panel.annotate(point[0], point[1:], (8, 6), textcoords="offset points", fontsize=13)
+        panel.set(**words)
+        panel.title.set_size(15)
+        for axis in (panel.xaxis, panel.yaxis):
+            axis.label.set_size(16)
+            if axis.get_scale() == "log":                  # 10, 20, 50, in place of powers
+                axis.set_major_locator(axis.get_major_locator() if isinstance(axis.get_major_locator(), FixedLocator) else LogLocator(subs=(1, 2, 5)))
+                axis.set_minor_locator(NullLocator())
+                axis.set_major_formatter("{x:g}")
+        panel.tick_params(labelsize=14)
+        panel.grid(color="0.9")
+    page.legend(*panel.get_legend_handles_labels(), loc="outside lower center", ncols=2 * len(panels), fontsize=14, handlelength=4)
+    page.savefig(path, dpi=90)
+
+
+def sheet(rows, labels, columns, title, path):
+    """Rows of PIL images, labelled at the left and on top -> a PNG."""
+    page = Figure(figsize=(2.6 + 1.9 * len(columns), 1.3 + 1.95 * len(rows)), layout="compressed")
+    axes = page.subplots(len(rows), len(columns), squeeze=False)
+    for line, row, label in zip(axes, rows, labels):
+        line[0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=15)
+        for panel, image in zip(line, row):
+            panel.imshow(image, interpolation="lanczos")
+            panel.set(xticks=[], yticks=[])
+            panel.spines[:].set_visible(False)
+    for panel, column in zip(axes[0], columns):
+        panel.set_title(textwrap.fill(column, 18), fontsize=14)
+    page.suptitle(title, fontsize=15)
+    page.savefig(path, dpi=75, bbox_inches="tight")
+
+
+# --- the flows in the plane ---
 
 
 def panels(rows, columns, size=3.2):

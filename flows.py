@@ -110,13 +110,15 @@ def heun(velocity, x0, steps, path=False):
     return torch.stack(points) if path else x
 
 
-def straightness(velocity, x0, steps=100):
+def straightness(velocity, x0, steps=100, curve=False):
     """S(Z) = integral of E ||(Z_1 - Z_0) - v(Z_t, t)||^2 dt (Liu et al. 2022, section 2.2): 0 where paths are straight.
 
-    The left Riemann sum over Euler's own points, Z_1 the path's end, the mean over batch and elements -> 0-d tensor.
+    The left Riemann sum over Euler's own points, Z_1 the path's end, the mean over batch and elements -> 0-d tensor;
+    with curve=True what is integrated, at t = 0, 1/N, ... -> [steps].
     """
     x, velocities = x0, []
     for t in _grid(x0, steps):
         velocities.append(velocity(x, t))
         x = x + velocities[-1] / steps
-    return torch.stack([(x - x0 - v).float().square().mean() for v in velocities]).mean()
+    along = torch.stack([(x - x0 - v).float().square().mean() for v in velocities])
+    return along if curve else along.mean()

@@ -60,6 +60,9 @@ class InstaFlow:
             raise UserError(f"the U-Net attends to states {unet.config.cross_attention_dim} wide, and the text tower's are {text.config.hidden_size}: they are of two models")
         if {unet.config.in_channels, unet.config.out_channels} != {vae.config.latent_channels}:
             raise UserError(f"the U-Net takes {unet.config.in_channels} channels and the VAE's latents have {vae.config.latent_channels}: they are of two models, or it is an inpainting model")
+        trained = self.info.get("trained_steps", [])
+        if type(trained) is not list or any(type(n) is not int or n < 1 for n in trained):
+            raise UserError(f"trained_steps is {trained!r}; it must be a list of whole numbers of at least 1")
         if self.info["sampler"] not in SAMPLERS:
             raise UserError(f"sampler is {self.info['sampler']!r}; it must be one of {', '.join(SAMPLERS)}")
         if type(self.info["steps"]) is not int or self.info["steps"] < 1 or type(self.info["guidance"]) not in (int, float):
@@ -203,7 +206,7 @@ class InstaFlow:
 
     def check_steps(self, steps):
         """Warn on stderr where a student is asked for more steps than it was trained for: its pictures break."""
-        most = max(self.info.get("trained_steps") or [0])
+        most = max(self.info.get("trained_steps", []), default=0)
         if steps is not None and most and steps > most:
             print(f"warning: this model was distilled for {most} step{'s' * (most > 1)}; with {steps} its pictures may get worse, not better", file=sys.stderr)
 

@@ -136,7 +136,7 @@ def peak_memory(device):
 
 def hardware():
     """The device's name, for whoever reads a number measured on it."""
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():                        # whoever computes on the CPU beside a GPU never does that
         return torch.cuda.get_device_name()
     info = Path("/proc/cpuinfo")
     names = re.findall(r"model name\s*:\s*(.+)", info.read_text()) if info.exists() else []

@@ -407,6 +407,7 @@ def test_a_damaged_json_is_one_line_that_names_it(copy, file, damage):
     ("text_encoder/config.json", {"hidden_size": 16}, "but config.json asks for"),
     ("instaflow.json", {"prediction": "noise"}, "it must be \"velocity\" or \"epsilon\""),
     ("instaflow.json", {"sampler": "magic"}, "it must be one of euler"),
+    ("instaflow.json", {"trained_steps": 1}, "it must be a list of whole numbers"),
     ("instaflow.json", {"base": "../elsewhere"}, "which is no folder"),
 ])
 def test_a_json_that_asks_for_something_else_is_one_line(copy, file, values, words):

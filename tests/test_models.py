@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-import experiments
 import fid
+import measure
 from instaflow import InstaFlow
 from judge import Judge, exact_match
 from mini import images
@@ -37,7 +37,7 @@ def test_scenes_stay_readable_after_the_vae():
     """At least 97 % of reconstructions of fresh scenes still show their caption."""
     judge, model = Judge.load(MODELS / "mini-judge"), InstaFlow.load(MODELS / "mini-sd")
     real, captions = images(77, 0, 500)
-    assert exact_match(judge, experiments.reconstruct(model, real), captions)["exact"] >= 0.97
+    assert exact_match(judge, measure.reconstruct(model, real), captions)["exact"] >= 0.97
 
 
 def test_one_step_of_instaflow_beats_one_step_of_its_teacher():

@@ -172,6 +172,35 @@ def test_a_stacked_student(pipeline, command, monkeypatch, tmp_path):
     assert np.mean(lines[-6:]) < np.mean(lines[:6])
 
 
+def test_exact_initialisation(pipeline, command, monkeypatch, tmp_path):
+    """With --exact both stages start at the teacher's own flow, by hand here, and stay noise predictors."""
+    shutil.copytree(pipeline, tmp_path / "p")
+    monkeypatch.chdir(tmp_path / "p")
+    teacher, (x0, x1, text) = InstaFlow.load("models/teacher"), everything(PairDataset("pairs/first"), InstaFlow.load("models/teacher"))
+    for stage, script, out in (("reflow", "train_reflow.py", "models/exact-2rf"), ("distill", "distill.py", "models/exact-student")):
+        words = [*STAGES[stage][1], "--exact", "--model", "models/teacher", "--pairs", "pairs/first", "--out", out, "--drop", "0", "--lr", "1e-4"]
+        if stage == "distill":
+            words[words.index("--drop"):words.index("--drop") + 2] = []
+        assert command(script, *words)[0] == 0
+        model, rows = InstaFlow.load(out), training.batch_indices(0, 0, 4, 22)
+        assert (model.info["prediction"], model.info["sampler"]) == ("epsilon", "euler")
+        t = flows.sample_time(4, "uniform", training.step_generator(0, 0)) if stage == "reflow" else torch.zeros(4)
+        bar = np.cumprod(1 - np.linspace(0.00085 ** 0.5, 0.012 ** 0.5, 1000) ** 2)
+        a, b = np.sqrt(bar), np.sqrt(1 - bar)
+        index = np.interp(t.numpy(), (a / (a + b))[::-1], np.arange(1000)[::-1])         # where a : b is t : 1 - t, held at the schedule's ends
+        a, b = (torch.from_numpy(np.interp(index, np.arange(1000), y)).float().reshape(4, 1, 1, 1) for y in (a, b))
+        s = t.reshape(4, 1, 1, 1)
+        x = ((1 - s) * x0[rows] + s * x1[rows]) * ((a ** 2 + b ** 2) / (s ** 2 + (1 - s) ** 2)).sqrt()
+        with torch.no_grad():
+            eps = teacher.unet(x, torch.from_numpy(index), text[rows])
+        loss = (x1[rows] - x0[rows] - ((x - b * eps) / a - eps)).square().mean().item()
+        lines = [json.loads(line)["loss"] for line in Path(out, "training", "log.jsonl").read_text().splitlines()]
+        assert lines[0] == pytest.approx(loss, rel=0.05)   # bf16, where the processor has it
+        s = torch.full((22,), 0.1 if stage == "reflow" else 0.0)
+        errors = [float(flows.flow_loss(lambda x, t: m.velocity(x, t, text), x0, x1, s)) for m in (teacher, model)]
+        assert errors[1] < 0.97 * errors[0]
+
+
 def test_what_the_folders_say(pipeline, models):
     assert {k: models["2rf"].info[k] for k in ("prediction", "sampler", "steps", "guidance", "base")} == {"prediction": "velocity", "sampler": "euler", "steps": 25, "guidance": 1.5, "base": "../teacher"}
     assert "trained_steps" not in models["2rf"].info

@@ -1,0 +1,166 @@
+"""What the experiments measure, as functions: pictures scored by the judge, straightness along t, distance to a teacher's ends.
+
+Captions and scenes are of a seed that no training drew from, and noise is of stream 0, which no pairs were made from.
+"""
+import functools
+import json
+import sys
+import time
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import fid
+import flows
+import mini
+import scenes
+import training
+import weights
+from instaflow import InstaFlow, to_pil
+from judge import Judge, exact_match
+
+SEED = 2                                                   # of the evaluation's scenes; training drew from 0, pairs from 1
+BATCH = 100
+
+
+def crc(*modules):
+    """CRC-32 of modules' weights, in hexadecimal: by it a kept number knows what it is of."""
+    value = 0
+    for tensor in (tensor for module in modules for tensor in module.state_dict().values()):
+        value = zlib.crc32(tensor.cpu().contiguous().numpy().tobytes(), value)
+    return f"{value:08x}"
+
+
+def identity(model):
+    """All that a model's pictures depend on, but for noise, prompt and steps."""
+    return f"{model.info['sampler']}, guidance {model.info['guidance']:g}, weights {crc(model.unet, model.vae, model.text)}"
+
+
+def keep(path, wanted):
+    """wanted {name: (what its number depends on, a function -> dict)} -> {name: dict}. Each is written to `path`, a JSON file, as
+    soon as it is measured, and measured again only where what it depends on has changed; what nobody wants any more goes at the end."""
+    kept, rows = weights.read_json(path) if path.exists() else {}, {}
+    for name, (of, measure) in wanted.items():
+        rows[name] = f"{name}, {of}"
+        if rows[name] not in kept:
+            print(f"measuring {name}", file=sys.stderr)
+            kept[rows[name]] = {**measure(), "measured": f"{training.hardware()}, {time.strftime('%Y-%m-%d')}"}
+            training.write(path, (json.dumps(kept, indent=1) + "\n").encode())
+    training.write(path, (json.dumps({key: kept[key] for key in rows.values()}, indent=1) + "\n").encode())
+    return {name: kept[key] for name, key in rows.items()}
+
+
+def batches(model, captions, seed, desc=""):
+    """Noise (0, seed, i) and text states of caption i, BATCH at a time: x0 [B, 4, h, w], context [B, L, C], null [1, L, C]."""
+    for start in tqdm(range(0, len(captions), BATCH), desc=desc, leave=False, mininterval=1):
+        words = captions[start:start + BATCH]
+        text = model.text([*words, ""])
+        yield model.noise(seed, start, len(words)), text[:-1], text[-1:]
+
+
+@torch.no_grad()
+def latents(model, captions, seed, steps=None, guidance=None, sampler=None, desc=""):
+    """The ends of a model's paths, one a caption -> [n, 4, h, w]. None: the model's own."""
+    with training.autocast(model.device):
+        return torch.cat([model.solve(*batch, steps, guidance, sampler).float() for batch in batches(model, captions, seed, desc)])
+
+
+def pictures(model, latents):
+    """Latents [n, 4, h, w] -> images [n, 3, H, W], on the CPU."""
+    with training.autocast(model.device):
+        return torch.cat([model.decode(batch).cpu() for batch in latents.split(BATCH)])
+
+
+def reconstruct(model, images):
+    """Through the VAE and back: what no model on its latents can beat."""
+    return torch.cat([model.decode(model.encode(batch)).cpu() for batch in images.split(BATCH)])
+
+
+class Evaluation:
+    """Captions of n scenes that no training drew, and the judge. FID is to n other such scenes, so that real scenes have
+    one too: what is left of it at this n."""
+
+    def __init__(self, args, n, split):
+        self.seed, self.judge = args.seed, Judge.load(args.judge, args.device)
+        self.images, self.captions = mini.images(SEED, 0, n, split)
+        self.real = fid.statistics(self.judge.embed(mini.images(SEED, n, n, split)[0]).cpu().numpy())
+        self.of = f"n {n}, split {split}, seed {args.seed}, judge {crc(self.judge)}"
+
+    def scores(self, images):
+        """Images [n, 3, 64, 64] -> exact match (overall, without relations, by number of objects) and FID to the real scenes."""
+        return {**exact_match(self.judge, images, self.captions), "fid": fid.frechet_distance(*fid.statistics(self.judge.embed(images).cpu().numpy()), *self.real)}
+
+    def row(self, name, model, steps, guidance=None):
+        """For `keep`: the scores of a model's pictures."""
+        return f"{identity(model)}, {self.of}", lambda: self.scores(pictures(model, latents(model, self.captions, self.seed, steps, guidance, desc=name)))
+
+    def floor(self, model):
+        """For `keep`: the scores of reconstructions, which no model beats."""
+        return f"VAE {crc(model.vae)}, {self.of}", lambda: self.scores(reconstruct(model, self.images))
+
+
+@torch.no_grad()
+def straightness(model, captions, seed=0, steps=100):
+    """E ||(Z_1 - Z_0) - v(Z_t, t)||^2 (Liu et al. 2022, section 2.2), the mean over latent elements, along the times [t_min, t_max]
+    that Stable Diffusion's schedule reaches -> (t [steps], curve [steps]); S is the curve's mean. Z_0 and Z_1 are the path's points at
+    t_min and t_max, and Z_1 - Z_0 is per unit of t. At the model's own guidance: a noise predictor and a flow are measured alike."""
+    lo, hi = model.schedule.range()
+    total = torch.zeros(steps)
+    for x0, context, null in batches(model, captions, seed, "S"):
+        velocity = flows.guided(model.velocity, context, null, model.info["guidance"])
+        if model.info["sampler"] in ("euler", "heun"):
+            z = x0 + lo * velocity(x0, torch.zeros(len(x0), device=x0.device))
+        else:                                              # the noise that a sampler of the diffusion model starts from, in the flow's coordinates
+            z = x0 * (lo ** 2 + (1 - lo) ** 2) ** 0.5
+        stretched = lambda x, u: (hi - lo) * velocity(x, lo + (hi - lo) * u)
+        total += len(z) * flows.straightness(stretched, z, steps, curve=True).cpu()
+    return lo + (hi - lo) * torch.arange(steps) / steps, total / len(captions) / (hi - lo) ** 2
+
+
+@functools.cache
+def ends(path, n, seed, device, steps, guidance, sampler):
+    """Where a model's paths end, for n captions that no training drew: kept, since several students have one teacher."""
+    return latents(InstaFlow.load(path, device), list(scenes.captions(SEED, 0, n)), seed, steps, guidance, sampler, f"ends of {path.name}")
+
+
+def teacher(folder, name, model):
+    """Whose path's end a model is to reach: of the model in `folder` that made the pairs it was trained on, as they were made; without
+    pairs, of itself -> (its name, steps, guidance, sampler), or None where that model is not there."""
+    made = model.info.get("pairs")
+    if not made:
+        return name, *(model.info[key] for key in ("steps", "guidance", "sampler"))
+    path = Path(folder) / Path(made["model"]).name
+    if not path.is_dir() or made.get("weights") not in (None, weights.checksum(path)):
+        print(f"note: {path} is not the model that made the pairs {name} was trained on, so no distance to its teacher is measured", file=sys.stderr)
+        return None
+    return path.name, *(made[key] for key in ("steps", "guidance", "sampler"))
+
+
+def content(folder, name, model, steps, n, seed=0):
+    """For `keep`: how far `steps` steps keep the teacher's content, over n captions. "error": the mean squared distance, a latent
+    element, between what the model and its teacher ("teacher", solved as its pairs were made) reach from the same noise and prompt, which no
+    training saw. "unrelated": the same between two of the teacher's of other noises and prompts: what keeping nothing would give."""
+    whose = teacher(folder, name, model)
+
+    def measure():
+        if whose is None:
+            return {}
+        ours, theirs = (ends(Path(folder) / name, n, seed, model.device, *settings) for name, *settings in
+                        ((name, steps, model.info["guidance"], model.info["sampler"]), whose))
+        return {"teacher": f"{whose[0]}:{whose[1]}", "error": float((ours - theirs).square().mean()), "unrelated": float((theirs - theirs.roll(1, 0)).square().mean())}
+    return f"{identity(model)}, teacher {whose}, n {n}, seed {seed}", measure
+
+
+@torch.no_grad()
+def milliseconds(model, steps, repeats=7):
+    """Median time of one picture alone, prompt to pixels, float32."""
+    times = []
+    for i in range(repeats + 2):
+        started = time.perf_counter()
+        text = model.text(["a red circle left of a blue square", ""])
+        to_pil(model.decode(model.solve(model.noise(i, 0, 1), text[:-1], text[-1:], steps)))
+        times.append(1000 * (time.perf_counter() - started))
+    return float(np.median(times[2:]))
