@@ -218,6 +218,8 @@ def arguments():
         parser.error("--random-weights stands in place of a model; leave out --model and --compare")
     if args.image and args.interpolate:
         parser.error("--image starts from a picture and --interpolate from noise; ask for one of them")
+    if args.num > 1 and (args.compare or args.interpolate):
+        parser.error("--num is of single pictures; leave it out with --compare and --interpolate")
     if args.model is None:
         args.model = args.random_weights or str(HERE / "mini-instaflow")
     if args.out.suffix.lower() != ".png":

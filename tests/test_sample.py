@@ -330,7 +330,7 @@ FLAGS = [
     (["--device", "nonsense"], "--device"), (["--device", "meta"], "--device"), (["--device", "cuda:99"], "--device"), (["--device", ""], "--device"),
     (["--out", "x.jpg"], "name a .png file"), (["--out", "x"], "name a .png file"), (["--out", "."], "name a .png file"),
     (["--height", "13"], "height is 13; it must be a multiple of 2"), (["--width", "1"], "width is 1; it must be a multiple of 2"), (["--height", "0"], "--height"),
-    (["--interpolate", "3"], "--interpolate"), (["--interpolate", "3", "b"], "--interpolate"), (["--frames", "0"], "--frames"),
+    (["--interpolate", "3"], "--interpolate"), (["--interpolate", "3", "b"], "--interpolate"), (["--frames", "0"], "--frames"), (["--interpolate", "3", "4", "--num", "2"], "--num"),
     (["--compare", "x:"], "--compare x:"), (["--compare", ":3"], "--compare :3"), (["--compare", "x:0"], "--compare x:0"), (["--compare", "none:1"], "none"),
     (["--model", "none"], "none"), (["--model", ""], "does not say what its U-Net predicts"), (["--prediction", "image"], "--prediction"),
 ]
