@@ -57,9 +57,8 @@ def test_the_snippet_samples_our_folder_in_diffusers(tiny, tmp_path, monkeypatch
     from instaflow import InstaFlow, to_pil
     from PIL import Image
     code = next(block for block in re.findall(r"```python\n(.*?)```", README, re.S) if "FlowMatchEuler" in block)
-    (tmp_path / "models").mkdir()
-    os.symlink(tiny / "flow", tmp_path / "models" / "mini-2rf")
-    os.symlink(tiny / "teacher", tmp_path / "models" / "mini-sd")
+    os.symlink(tiny / "flow", tmp_path / "2rf")
+    os.symlink(tiny / "teacher", tmp_path / "sd15")
     monkeypatch.chdir(tmp_path)
     names = {}
     exec(code, names)
