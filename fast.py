@@ -13,6 +13,11 @@ def place(module, device, dtype=None):
     return module.to(memory_format=torch.channels_last) if torch.device(device).type == "cuda" else module
 
 
+def _free(layer):
+    """The plain weights go; an empty one stays, since open_clip asks it for its dtype."""
+    layer.weight = nn.Parameter(layer.weight.new_empty(0), requires_grad=False)
+
+
 class PackedConv(nn.Conv2d):
     """A convolution on a CPU whose weights are in oneDNN's own layout from the first call on, and not brought into it by every
     one: at 8 x 8 latents that takes seven times as long as the convolution."""
@@ -21,7 +26,7 @@ class PackedConv(nn.Conv2d):
     def forward(self, x):
         if self.packed is None:                            # which layout is best depends on the input's size
             self.packed = torch.ops.mkldnn._reorder_convolution_weight(self.weight, self.padding, self.stride, self.dilation, self.groups, x.shape)
-            self.weight = None
+            _free(self)
         return torch.ops.mkldnn._convolution_pointwise(x, self.packed, self.bias, self.padding, self.stride, self.dilation, self.groups, "none", [], "")
 
 
@@ -32,7 +37,7 @@ class PackedLinear(nn.Linear):
     def forward(self, x):
         if self.packed is None:
             self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight, x.numel() // x.shape[-1])
-            self.weight = None
+            _free(self)
         return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
 
 
