@@ -52,7 +52,7 @@ def test_one_step_of_instaflow_beats_one_step_of_its_teacher():
         exact[name] = exact_match(judge, pictures, captions)["exact"]
         distance[name] = fid.frechet_distance(*fid.statistics(judge.embed(pictures).numpy()), *real)
     assert exact["mini-instaflow"] > 0.12 and exact["mini-instaflow"] > 5 * exact["mini-sd"]
-    assert distance["mini-instaflow"] < 0.8 * distance["mini-sd"]
+    assert distance["mini-instaflow"] < 0.6 * distance["mini-sd"]
 
 
 def test_a_picture_takes_tens_of_milliseconds():
