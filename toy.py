@@ -184,14 +184,12 @@ def distil(net, fixed, rng, iterations, lr, name):
 def diffuse(net, args, rng, iterations, lr):
     """Train eps(x, timestep) on x = a x1 + b eps (Ho et al. 2020, equation 14); read it as a velocity, exactly."""
     schedule = diffusion.Schedule.stable_diffusion()
-
     def loss(net):
         x0, x1, label = first_batch(args, rng)
         index = torch.from_numpy(rng.integers(1000, size=BATCH))
         a, b = (y.float()[:, None] for y in (schedule.alphas_cumprod[index].sqrt(), (1 - schedule.alphas_cumprod[index]).sqrt()))
         return (net(a * x1 + b * x0, index / 1000, label) - x0).square().mean()
     net = fit(net, loss, iterations, lr, "diffusion")
-
     velocity = lambda x, t, label: diffusion.velocity_from_eps(lambda y, index: net(y, (index / 1000).float(), label), schedule)(x, t)
     return Flow("diffusion", velocity, args.labels or 1.0, schedule.range())
 
