@@ -16,7 +16,7 @@ import torch.nn.functional as F
 import cli
 import training
 from cli import UserError
-from instaflow import PROMPTS, InstaFlow, grid
+from instaflow import PROMPTS, InstaFlow, grid, to_predict
 from lpips import LPIPS
 from pairs import PairDataset
 from unet import StackedUNet
@@ -61,7 +61,7 @@ def main():
     ema, optimizer, net = training.prepare(unet, args, world)
     if distance:                                           # a decoder's activations at 512 pixels are several GB a picture
         training.checkpoint_gradients(model.vae, world.device)
-    info = {"prediction": "epsilon" if args.exact else "velocity", "sampler": "euler", "steps": 1, "guidance": 1.0, "pairs": data.info}
+    info = {"prediction": to_predict(model, args.exact, args.model), "sampler": "euler", "steps": 1, "guidance": 1.0, "pairs": data.info}
     flow = InstaFlow(ema, model.vae, model.text, info, model.base)
     folder, operations = f"{args.out}/training", model.operations()
     work = 3 * operations["unet"] + bool(distance) * 3 * operations["decoder"]               # both decoded, one of them with its gradient

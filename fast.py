@@ -20,7 +20,7 @@ def _free(layer):
 
 class PackedConv(nn.Conv2d):
     """A convolution on a CPU whose weights are in oneDNN's own layout from the first call on, and not brought into it by every
-    one: at 8 x 8 latents that takes seven times as long as the convolution."""
+    one: at 8 x 8 latents that takes many times as long as the convolution (benchmarks/README.md)."""
     packed = None
 
     def forward(self, x):

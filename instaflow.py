@@ -228,6 +228,16 @@ class InstaFlow:
         return to_pil(self.decode(self.latents(prompts, steps, guidance, seed, first, negative, height, width)))
 
 
+def to_predict(model, exact, path):
+    """What a U-Net that is trained from `model` is to predict: the velocity, as in the paper, or with exact still noise. Raises UserError
+    where that is not what the U-Net has been trained for so far: it would be read as the other, and have to learn all anew."""
+    if exact and model.info["prediction"] == "velocity":
+        raise UserError(f"--exact is for noise predictors, and {path} predicts the velocity; leave it out")
+    if not exact and model.info["prediction"] == "epsilon" and model.info.get("pairs"):
+        raise UserError(f"{path} was trained with --exact and still predicts noise; give --exact here too")
+    return "epsilon" if exact else "velocity"
+
+
 def to_pil(images):
     """[B, 3, H, W] in [-1, 1] -> list of PIL images."""
     pixels = ((images.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()

@@ -15,7 +15,7 @@ import torch
 import cli
 import flows
 import training
-from instaflow import PROMPTS, InstaFlow, grid
+from instaflow import PROMPTS, InstaFlow, grid, to_predict
 from pairs import PairDataset
 
 
@@ -36,7 +36,7 @@ def main():
     data.check(model, args.model)
     unet = model.unet.requires_grad_(True)
     ema, optimizer, net = training.prepare(unet, args, world)
-    info = {"prediction": "epsilon" if args.exact else "velocity", "sampler": "euler", "steps": 25, "guidance": 1.5, "pairs": data.info}
+    info = {"prediction": to_predict(model, args.exact, args.model), "sampler": "euler", "steps": 25, "guidance": 1.5, "pairs": data.info}
     flow = InstaFlow(ema, model.vae, model.text, info, model.base)
     folder, work = f"{args.out}/training", 3 * model.operations()["unet"]                   # a backward pass is two forward ones
     batch = data.ahead(lambda step: world.share(training.batch_indices(args.seed, step, args.batch, len(data))))

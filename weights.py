@@ -348,5 +348,4 @@ def locate(path, dtype=None):
     try:
         return Path(snapshot_download(name, allow_patterns=["unet/config.json"], local_files_only=True))
     except Exception:
-        raise UserError(f"{name}: no such folder or file here, and as a hub name it cannot be fetched ({reason}); check the name and the connection, and for a gated model accept "
-                        "its licence on huggingface.co and log in with `hf auth login`") from None
+        raise UserError(f"{name}: no such folder or file here, and as a hub name it cannot be fetched ({reason}); check name and connection; a gated model wants `hf auth login`") from None

@@ -199,6 +199,11 @@ def test_exact_initialisation(pipeline, command, monkeypatch, tmp_path):
         s = torch.full((22,), 0.1 if stage == "reflow" else 0.0)
         errors = [float(flows.flow_loss(lambda x, t: m.velocity(x, t, text), x0, x1, s)) for m in (teacher, model)]
         assert errors[1] < 0.97 * errors[0]
+    exact, wrong = "was trained with --exact", "predicts the velocity"
+    for script, model, pairs, flag, words in (("train_reflow.py", "exact-2rf", "first", [], exact), ("distill.py", "exact-student", "first", [], exact),
+                                              ("train_reflow.py", "2rf", "second", ["--exact"], wrong), ("distill.py", "2rf", "second", ["--exact"], wrong)):
+        assert one_line(command(script, "--model", f"models/{model}", "--pairs", f"pairs/{pairs}", "--out", "models/none", *TRAINING, *flag), words)
+    assert not Path("models/none").exists()
 
 
 def test_what_the_folders_say(pipeline, models):
