@@ -1,4 +1,5 @@
 """Several processes (gloo, on the CPU): the same training as one, killed or not."""
+import functools
 import json
 import multiprocessing
 import os
@@ -10,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -49,10 +51,28 @@ def dump_gradients(patch):
     patch.setattr(training, "optimiser_step", dumping)
 
 
-def slow_parts(patch):
-    """Time for a kill between one part and the next."""
-    generate = pairs.generate
-    patch.setattr(pairs, "generate", lambda *words: (time.sleep(0.2), generate(*words))[1])
+def stuck_after(count, patch):
+    """A process that makes `count` parts and then waits to be killed."""
+    generate, made = pairs.generate, []
+
+    def stuck(*words):
+        if len(made) == count:
+            time.sleep(3600)
+        made.append(0)
+        return generate(*words)
+    patch.setattr(pairs, "generate", stuck)
+
+
+def waits_for_a_signal(patch):
+    """At the tenth step, until `signalled` tells that the signal has been sent: it comes neither too early nor too late."""
+    update, seen = training.update_ema, []
+
+    def waiting(*words):
+        seen.append(0)
+        while len(seen) == 10 and not Path("signalled").exists():
+            time.sleep(0.01)
+        update(*words)
+    patch.setattr(training, "update_ema", waiting)
 
 
 def one_bad_gradient(patch):
@@ -218,13 +238,14 @@ def test_sigterm_writes_a_checkpoint_and_the_same_line_goes_on_bitwise(trained, 
     for name in ("models", "pairs"):
         os.symlink(trained(processes)[3] / name, tmp_path / name)
     words = [*REFLOW, "--out", "out"]
-    running = launch(tmp_path, "train_reflow.py", words, processes)
+    running = launch(tmp_path, "train_reflow.py", words, processes, waits_for_a_signal)
     while steps_done(tmp_path) < 7:
         time.sleep(0.01)
     os.kill(running[victim].pid, signal.SIGTERM)
+    (tmp_path / "signalled").touch()
     output = wait(running, tmp_path, 143)
     step = steps_done(tmp_path)
-    assert 7 <= step < 20, "SIGTERM came too late for this test"
+    assert 7 <= step <= 11
     assert output.count("SIGTERM at iteration") == 1 and f"SIGTERM at iteration {step}: a checkpoint is written" in output and "Traceback" not in output
     assert training.load_checkpoint(tmp_path / "out" / "training")[0] == step
     wait(launch(tmp_path, "train_reflow.py", words, processes), tmp_path)
@@ -237,10 +258,11 @@ def test_a_killed_process_ends_the_others_with_a_line_and_the_same_line_goes_on_
     for name in ("models", "pairs"):
         os.symlink(trained(2)[3] / name, tmp_path / name)
     words = [*REFLOW, "--out", "out"]
-    running = launch(tmp_path, "train_reflow.py", words, 2)
+    running = launch(tmp_path, "train_reflow.py", words, 2, waits_for_a_signal)
     while steps_done(tmp_path) < 8:
         time.sleep(0.01)
     running[1].kill()
+    (tmp_path / "signalled").touch()
     for process in running:
         process.join()
     output = (tmp_path / "output-0.txt").read_text()
@@ -277,28 +299,34 @@ def test_parts_become_the_shards_that_one_piece_makes(world, launch, tmp_path):
         assert (whole[i]["latent"] - parts[i]["latent"]).abs().max() <= whole[i]["latent"].abs().max() * 2 ** -10
 
 
-@pytest.mark.parametrize("before, after, parts", [(2, 3, 3), (3, 1, 5), (1, 2, 4)])
-def test_pairs_go_on_with_another_number_of_processes(world, launch, tmp_path, before, after, parts):
+@pytest.mark.parametrize("before, after, each, left", [(2, 3, 1, ["0-part-00000", "0-part-00001"]), (1, 2, 6, ["0", "1-part-00000"]),
+                                                       (3, 1, 1, ["0-part-00000", "0-part-00001", "0-part-00002"])])
+def test_pairs_go_on_with_another_number_of_processes(world, launch, tmp_path, before, after, each, left):
     for name in ("models", "prompts.txt"):
         os.symlink(world / name, tmp_path / name)
-    running = launch(tmp_path, "pairs.py", MAKE, before, smaller_parts, slow_parts)
-    made = lambda: {p.name: p.stat().st_mtime_ns for p in (tmp_path / "pairs").glob("*-part-*.safetensors")} if (tmp_path / "pairs").exists() else {}
-    while len(made()) < parts and any(p.is_alive() for p in running):
+    left = {f"shard-0000{name}.safetensors" for name in left}
+
+    def made():
+        times = {}
+        for path in (tmp_path / "pairs").glob("*.safetensors"):
+            with suppress(FileNotFoundError):              # a part that became a shard just now
+                times[path.name] = path.stat().st_mtime_ns
+        return times
+    running = launch(tmp_path, "pairs.py", MAKE, before, smaller_parts, functools.partial(stuck_after, each))
+    while set(made()) != left and any(p.is_alive() for p in running):
         time.sleep(0.01)
     for process in running:
         process.kill()
         process.join()
+    times = made()
+    assert set(times) == left
     (tmp_path / "pairs" / "shard-00000-part-00004.safetensors.99.tmp").write_bytes(b"what a kill left")
-    left = made()
-    assert left, "the kill came too late for this test"
-    again = launch(tmp_path, "pairs.py", MAKE, after, smaller_parts, slow_parts)
-    kept = {}
+    again = launch(tmp_path, "pairs.py", MAKE, after, smaller_parts)
     while any(p.is_alive() for p in again):
-        kept |= made()
+        assert all(times[name] == time for name, time in made().items() if name in times)    # nothing is made twice
         time.sleep(0.01)
     wait(again, tmp_path)
-    assert all(kept[name] == time for name, time in left.items() if name in kept)            # nothing was made twice
-    assert sorted(p.name for p in (tmp_path / "pairs").iterdir()) == ["shard-00000.safetensors", "shard-00001.safetensors"]
+    assert sorted(made()) == sorted(p.name for p in (tmp_path / "pairs").iterdir()) == ["shard-00000.safetensors", "shard-00001.safetensors"]
     for path in (tmp_path / "pairs").iterdir():
         assert path.read_bytes() == (world / "pairs" / path.name).read_bytes()
 
