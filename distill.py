@@ -42,12 +42,15 @@ def main():
     parser.add_argument("--vgg", help="for lpips: VGG16's weights (torchvision's file), or the judge's")
     parser.add_argument("--linear", help="for lpips: the lpips package's weights of layers (default: all channels alike)")
     parser.add_argument("--lpips-size", type=cli.seed, default=224, help="pixels a side that LPIPS sees; 0 leaves images as they are")
+    parser.add_argument("--l2", type=cli.number(0), default=0.0, help="for lpips: how much of L2 between latents is added, which LPIPS alone lets brightness drift from; the paper: none")
     parser.add_argument("--stacked", action="store_true", help="the student is two U-Nets in series (InstaFlow-1.7B); a stacked --model stays so")
     parser.add_argument("--exact", action="store_true", help="stay a noise predictor, read as the velocity that it equals, as train_reflow.py --exact")
     training.add_flags(parser)
     args = parser.parse_args()
     if args.loss == "lpips" and not args.vgg:
         raise UserError("--loss lpips needs --vgg, the file of VGG16's weights")
+    if args.l2 and args.loss != "lpips":
+        raise UserError(f"--l2 {args.l2:g} is added to LPIPS; give --loss lpips, or leave it out: --loss l2 is L2 alone")
     if 0 < args.lpips_size < 16:
         raise UserError(f"--lpips-size {args.lpips_size} is too small for VGG16, which halves a picture four times; give at least 16")
 
@@ -74,7 +77,9 @@ def main():
                 with torch.no_grad():
                     context = model.text(prompts[part])
                 student = x0 + flow.velocity(x0, torch.zeros(len(x0), device=world.device), context, net)  # one Euler step from t = 0
-                loss = image_losses(student, x1, model, distance, args.lpips_size) if distance else (student - x1).square().mean((1, 2, 3))
+                loss = (student - x1).square().mean((1, 2, 3))
+                if distance:
+                    loss = args.l2 * loss + image_losses(student, x1, model, distance, args.lpips_size)
             (loss.sum() / len(noise)).backward()
             losses.append(loss.detach())
         log.add(torch.cat(losses), gradient=training.optimiser_step(optimizer, unet, lr, args.clip, args.explode))

@@ -43,8 +43,8 @@ VAE_TRAINING = Namespace(
     save_every=500,
 )
 TEACHER_TRAINING = Namespace(
-    scenes=64_000,        # encoded once; seen thirteen times
-    iterations=13_000,
+    scenes=64_000,        # encoded once; seen 26 times
+    iterations=26_000,
     batch=64,
     lr=1e-3,              # cosine to zero
     warmup=200,

@@ -146,6 +146,19 @@ def test_distillation_with_lpips_brings_pictures_nearer(pipeline, models):
     assert losses[1] < 0.95 * losses[0]
 
 
+def test_l2_beside_lpips(pipeline, command, monkeypatch, tmp_path):
+    """The loss is LPIPS + 2 L2, each of which a run of its own has shown: all start at the same student and pairs, in float32."""
+    shutil.copytree(pipeline, tmp_path / "p")
+    monkeypatch.chdir(tmp_path / "p")
+    words = [*STAGES["lpips"][1], "--iterations", "1", "--float32"]
+    losses = []
+    for more in (["--l2", "2"], [], ["--loss", "l2"]):
+        assert command("distill.py", *words, *more, "--out", f"models/{len(losses)}")[0] == 0
+        losses.append(json.loads(Path(f"models/{len(losses)}/training/log.jsonl").read_text())["loss"])
+    assert losses[0] == pytest.approx(losses[1] + 2 * losses[2], rel=1e-5) and losses[2] > 0.1 * losses[1]
+    assert one_line(command("distill.py", *words, "--l2", "1", "--out", "models/1"), "other settings (l2)")
+
+
 def test_a_stacked_student(pipeline, command, monkeypatch, tmp_path):
     """Two halves that start as the 2-rectified flow and end apart; L2, then LPIPS; one step brings it nearer to the path's end."""
     shutil.copytree(pipeline, tmp_path / "p")
@@ -269,6 +282,7 @@ def test_mistakes_in_the_command_lines(pipeline, command, monkeypatch, tmp_path)
     assert one_line(command("distill.py", *STAGES["lpips"][1], *new, "--vgg", "none.pth"), "none.pth")
     assert one_line(command("distill.py", *STAGES["lpips"][1], *new, "--linear", "vgg.safetensors"), "vgg.safetensors", "lin0")
     assert one_line(command("distill.py", *STAGES["lpips"][1], *new, "--lpips-size", "8"), "--lpips-size 8")
+    assert one_line(command("distill.py", *STAGES["distill"][1], *new, "--l2", "1"), "--l2 1", "--loss lpips")
     assert one_line(command("distill.py", *STAGES["lpips"][1], *new, "--lpips-size", "-8"), "--lpips-size")
     assert one_line(command("train_reflow.py", *STAGES["reflow"][1], *new, "--density", "normal"), "--density")
     assert one_line(command("train_reflow.py", *STAGES["reflow"][1], *new, "--model", "models/none"), "models/none")
