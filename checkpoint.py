@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import sys
+import zlib
 from pathlib import Path
 
 import torch
@@ -60,6 +61,14 @@ def write_tensors(path, tensors, metadata=None, dtype=None):
             value = tensors[k].detach().to("cpu", dtype, memory_format=torch.contiguous_format).contiguous()
             yield value.reshape(-1).view(torch.uint8).numpy()
     write(path, pieces())
+
+
+def crc(*modules):
+    """CRC-32 of modules' weights, in hexadecimal: by it what is kept knows which weights it is of."""
+    value = 0
+    for tensor in (tensor for module in modules for tensor in module.state_dict().values()):
+        value = zlib.crc32(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy(), value)
+    return f"{value:08x}"
 
 
 def save_checkpoint(folder, step, tensors, metadata=None, keep=2):

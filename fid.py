@@ -29,6 +29,7 @@ import cli
 import inception
 import training
 import weights
+from checkpoint import crc
 from cli import UserError
 from clip_score import Clip
 from inception import Inception
@@ -236,10 +237,7 @@ def of_model(model, args, captions, world, network, clip):
     if args.size and native < args.size:
         warn(f"{args.model} draws {native} px, and its pictures are enlarged to {args.size}")
     if args.out:
-        crc = 0
-        for tensor in model.unet.state_dict().values():    # the same folder may be trained again
-            crc = zlib.crc32(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy(), crc)
-        resume(args, {"model": args.model, "weights": crc, "sampler": model.info["sampler"], "steps": args.steps, "guidance": args.guidance, "seed": args.seed,
+        resume(args, {"model": args.model, "weights": crc(model.unet, model.vae, model.text), "sampler": model.info["sampler"], "steps": args.steps, "guidance": args.guidance, "seed": args.seed,
                       "float32": args.float32, "captions": zlib.crc32("\n".join(captions).encode()), "number": len(captions)}, world)
     return measure(from_model(model, captions, preparer(args, network, clip), args, world), len(captions), network, clip, world, args.model)
 

@@ -6,7 +6,6 @@ import functools
 import json
 import sys
 import time
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -19,19 +18,12 @@ import mini
 import scenes
 import training
 import weights
+from checkpoint import crc
 from instaflow import InstaFlow, to_pil
 from judge import Judge, exact_match
 
 SEED = 2                                                   # of the evaluation's scenes; training drew from 0, pairs from 1
 BATCH = 100
-
-
-def crc(*modules):
-    """CRC-32 of modules' weights, in hexadecimal: by it a kept number knows what it is of."""
-    value = 0
-    for tensor in (tensor for module in modules for tensor in module.state_dict().values()):
-        value = zlib.crc32(tensor.cpu().contiguous().numpy().tobytes(), value)
-    return f"{value:08x}"
 
 
 def identity(model):

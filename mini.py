@@ -22,7 +22,7 @@ from tqdm import tqdm
 import cli
 import scenes
 import training
-import weights
+from checkpoint import crc
 from diffusion import Schedule
 from instaflow import CONFIGS, PROMPTS, InstaFlow, grid
 from text import TextTower, tokenize
@@ -136,7 +136,8 @@ def standardise(vae):
 def encode_world(vae, out, world):
     """The teacher's data, made once: latents (float16) and token ids of `scenes` captioned pictures ->
     (latents [N, 4, h, w], ids [N, 77])."""
-    path, s = Path(out) / "training" / "world.safetensors", TEACHER_TRAINING
+    s = TEACHER_TRAINING
+    path = Path(out) / "training" / f"world-{s.seed}-{s.scenes}-by-{crc(vae)}.safetensors"       # another VAE's latents are another world
     if world.rank == 0 and not path.exists():
         latents, captions = [], []
         for start in tqdm(range(0, s.scenes, 100), desc="encoding scenes", mininterval=1):
@@ -204,9 +205,9 @@ def pipeline(root, short=False):
         scenes.py --captions {n(12288, 64)} --seed 1 --out {pairs}/captions.txt
         pairs.py --model {models}/mini-sd --prompts {pairs}/captions.txt --steps {n(10, 2)} --guidance {GUIDANCE} --out {pairs}/sd
         train_reflow.py --model {models}/mini-sd --pairs {pairs}/sd --out {models}/mini-2rf --iterations {n(1600, 4)} --lr 5e-4 {STUDENT}
-        pairs.py --model {models}/mini-2rf --prompts {pairs}/captions.txt --steps {n(8, 2)} --guidance 1.5 --number {n(8192, 64)} --out {pairs}/2rf
+        pairs.py --model {models}/mini-2rf --prompts {pairs}/captions.txt --steps {n(8, 2)} --guidance 1.5 --number {n(16384, 64)} --out {pairs}/2rf
         distill.py --model {models}/mini-2rf --pairs {pairs}/2rf --out {models}/mini-instaflow-l2 --iterations {n(1300, 4)} --lr 3e-4 {STUDENT}
-        distill.py --model {models}/mini-instaflow-l2 --pairs {pairs}/2rf --out {models}/mini-instaflow --loss lpips --vgg {models}/mini-judge/judge.safetensors --lpips-size 0 --iterations {n(1000, 4)} --lr 4e-5 {STUDENT}
+        distill.py --model {models}/mini-instaflow-l2 --pairs {pairs}/2rf --out {models}/mini-instaflow --loss lpips --vgg {models}/mini-judge/judge.safetensors --lpips-size 0 --l2 0.05 --iterations {n(700, 4)} --lr 4e-5 {STUDENT}
         distill.py --model {models}/mini-sd --pairs {pairs}/sd --out {models}/mini-direct --iterations {n(1300, 4)} --lr 3e-4 {STUDENT}
         experiments.py table --models {models} --judge {models}/mini-judge --out {root}/benchmarks/miniature.json {n("", "--n 100 --rows mini-2rf:1,mini-instaflow:1")}
         """.splitlines()

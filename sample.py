@@ -182,7 +182,7 @@ def arguments():
     parser = cli.Parser(__doc__)
     add = parser.add_argument
     add("prompt", nargs="*", help="what to draw; several make several pictures")
-    add("--prompts", metavar="FILE", help="prompts from a text file, one a line")
+    add("--prompts", metavar="FILE", help="prompts from a text file, one a line, or a .jsonl file")
     add("--num", type=cli.positive, default=1, help="pictures a prompt, each from its own noise")
     add("--seed", type=cli.seed, default=0, help="of the noise")
     add("--steps", type=cli.positive, help="of the sampler (default: the model's own)")
@@ -210,7 +210,7 @@ def arguments():
     args = parser.parse_intermixed_args()
     if args.compare and ":" not in args.compare:           # `--compare "a prompt" ...`
         args.prompt, args.compare = [args.compare, *args.prompt], ",".join(COMPARISON)
-    args.prompt += cli.read_prompts(args.prompts) if args.prompts else []
+    args.prompt += cli.Prompts(args.prompts) if args.prompts else []
     if not [p for p in args.prompt if p.strip()]:
         parser.error('no prompt; say what to draw, as in: sample.py "a red circle left of a blue square"')
     if args.compare and args.interpolate:
