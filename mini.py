@@ -43,13 +43,16 @@ VAE_TRAINING = Namespace(
     save_every=500,
 )
 TEACHER_TRAINING = Namespace(
-    scenes=64_000,        # encoded once; seen 26 times
-    iterations=26_000,
+    scenes=64_000,        # encoded once; seen 36 times
+    iterations=36_000,
     batch=64,
     lr=1e-3,              # cosine to zero
     warmup=200,
     ema=0.999,
     min_snr=5.0,          # weigh by min(SNR, this) / SNR, else faint textures have most of the gradient (Hang et al. 2023)
+    skew=0.5,             # timestep 1000 u^skew, u uniform: more of where the noise is strong, and the scene's layout decided
+    velocity=10.0,        # and by min(1 + 1 / SNR, this), which makes it a velocity's error (Salimans & Ho 2022): layout has little of a noise's
+    where=0.5,            # weight of the loss that has the tower know where things are (Teacher)
     drop=0.1,             # of the prompts become NULL, so that guidance has something to guide away from
     seed=0,
     log_every=50,
@@ -102,18 +105,22 @@ class _Autoencode(nn.Module):
 
 
 class Teacher(nn.Module):
-    """Text tower and U-Net, trained together: (x [B, 4, h, w], timestep [B], token ids [B, 77]) -> noise."""
+    """Text tower and U-Net, trained together: (x [B, 4, h, w], timestep [B], token ids [B, 77]) -> noise, and for each token [B, 77, 2]
+    where in the picture the thing that it names is. That second task is for the training alone. Stable Diffusion's tower comes from
+    CLIP, which had looked at pictures for long; with the noise alone to learn from, this one soon has words of place no longer
+    change the states of what follows them, since that disturbs the reading of colours, and never finds out what they are for."""
 
     def __init__(self):
         super().__init__()
-        self.unet, self.text = UNet(UNET), TextTower(TEXT)
+        self.unet, self.text, self.where = UNet(UNET), TextTower(TEXT), nn.Linear(TEXT.hidden_size, 2)
         # Token and position embeddings at one scale: with open_clip's 0.02 and 0.01 beside what the tokens grow to, the
         # tower stays a bag of words, and "left of" is never learned.
         nn.init.normal_(self.text.tower.token_embedding.weight, std=0.5)
         nn.init.normal_(self.text.tower.positional_embedding, std=0.5)
 
     def forward(self, x, index, ids):
-        return self.unet(x, index, self.text(ids))
+        states = self.text(ids)
+        return self.unet(x, index, states), self.where(states)
 
 
 @torch.no_grad()
@@ -132,31 +139,44 @@ def standardise(vae):
     return vae
 
 
+def places(drawn, ids):
+    """Where each object of Scenes is named, as the place of its shape among the caption's token ids [N, 77], 0 where there is no
+    object, and where it is shown, its centre in [-1, 1] -> int64 [N, 3], float32 [N, 3, 2]."""
+    words = dict(zip(scenes.SHAPES, tokenize(scenes.SHAPES)[:, 1].tolist()))
+    named, shown = torch.zeros(len(ids), 3, dtype=torch.long), torch.zeros(len(ids), 3, 2)
+    for i, (scene, row) in enumerate(zip(drawn, ids.tolist())):
+        at = 0
+        for k, thing in enumerate(scene.objects):          # in the caption's order; "the red star", the second time, is none of them
+            named[i, k] = at = row.index(words[thing.shape], at + 1)
+            shown[i, k] = torch.tensor([thing.x, thing.y]) / (scenes.SIZE / 2) - 1
+    return named, shown
+
+
 @torch.no_grad()
 def encode_world(vae, out, world):
-    """The teacher's data, made once: latents (float16) and token ids of `scenes` captioned pictures ->
-    (latents [N, 4, h, w], ids [N, 77])."""
+    """The teacher's data, made once, of `scenes` captioned pictures -> (latents [N, 4, h, w] float16, token ids [N, 77], and
+    `places`: named [N, 3], shown [N, 3, 2])."""
     s = TEACHER_TRAINING
     path = Path(out) / "training" / f"world-{s.seed}-{s.scenes}-by-{crc(vae)}.safetensors"       # another VAE's latents are another world
     if world.rank == 0 and not path.exists():
-        latents, captions = [], []
+        rows = []
         for start in tqdm(range(0, s.scenes, 100), desc="encoding scenes", mininterval=1):
-            image, words = images(s.seed, start, 100)
+            image, captions = images(s.seed, start, 100)
             with training.autocast(world.device):
                 mean, _ = vae.encode(image.to(world.device).contiguous(memory_format=torch.channels_last))
-            latents.append(mean.float().cpu())
-            captions += words
-        training.write_tensors(path, {"latents": torch.cat(latents).half(), "ids": tokenize(captions)})
+            ids = tokenize(captions)
+            rows.append((mean.half().cpu(), ids, *places([scenes.scene(s.seed, start + i) for i in range(100)], ids)))
+        training.write_tensors(path, dict(zip(("latents", "ids", "named", "shown"), map(torch.cat, zip(*rows)))))
     training.barrier()
     data = load_file(path)
-    return data["latents"], data["ids"]
+    return data["latents"], data["ids"], data["named"], data["shown"]
 
 
 def train_teacher(out, world, compiled=False):
     """Noise prediction as Stable Diffusion's (Ho et al. 2020, equation 14), text tower included -> the saved model."""
     s = TEACHER_TRAINING
     vae = standardise(train_vae(out, world).cpu()).to(world.device)
-    latents, ids = encode_world(vae, out, world)
+    latents, ids, named, shown = encode_world(vae, out, world)
     torch.manual_seed(s.seed)
     teacher = Teacher().to(world.device, memory_format=torch.channels_last)
     ema, optimizer = copy.deepcopy(teacher), training.adamw(teacher, s.lr)
@@ -167,18 +187,22 @@ def train_teacher(out, world, compiled=False):
     for step, log, lr in training.steps(s, world, f"{out}/training/teacher", teacher, ema, optimizer, training.recipe(s), cosine=True):
         rows = torch.from_numpy(world.share(training.batch_indices(s.seed, step, s.batch, len(latents))))
         rng = training.step_generator(s.seed, step)
-        index = torch.from_numpy(world.share(rng.integers(0, 1000, s.batch)))
+        index = torch.from_numpy(world.share((1000 * rng.random(s.batch) ** s.skew).astype(int)))
         dropped = torch.from_numpy(world.share(rng.random(s.batch) < s.drop))
         noise = torch.from_numpy(world.share(rng.standard_normal((s.batch, *latents.shape[1:]), dtype=np.float32)))
         a, b = bar[index].sqrt()[:, None, None, None], (1 - bar[index]).sqrt()[:, None, None, None]
         x, words = a * latents[rows].float() + b * noise, torch.where(dropped[:, None], null, ids[rows])
         x, noise, index, words = (y.to(world.device) for y in (x, noise, index, words))
         with training.autocast(world.device):
-            eps = net(x.contiguous(memory_format=torch.channels_last), index, words)
+            eps, where = net(x.contiguous(memory_format=torch.channels_last), index, words)
         losses = (eps.float() - noise).square().mean((1, 2, 3))
         snr = (a / b).flatten().square().to(world.device)
-        (losses * (s.min_snr / snr).clamp(max=1)).mean().backward()
-        log.add(losses, 1 - index / 1000, gradient=training.optimiser_step(optimizer, teacher, lr))
+        loss = (losses * (s.min_snr / snr).clamp(max=1) * (1 + 1 / snr).clamp(max=s.velocity)).mean()
+        said, asked = named[rows].to(world.device), ((named[rows] > 0) & ~dropped[:, None]).to(world.device)
+        found = where.float().gather(1, said[:, :, None].expand(-1, -1, 2))
+        miss = ((found - shown[rows].to(world.device)).square().sum(2) * asked).sum(1).mean()
+        (loss + s.where * miss).backward()
+        log.add(losses, 1 - index / 1000, where=float(miss.detach()), gradient=training.optimiser_step(optimizer, teacher, lr))
         if world.rank == 0 and (step + 1) % s.sample_every == 0:
             pictures = InstaFlow(ema.unet, vae, ema.text, info).generate(PROMPTS)
             grid([pictures], None, PROMPTS).save(f"{out}/training/teacher/samples-{step + 1:06d}.png")

@@ -1,16 +1,20 @@
 """Whole pictures against diffusers' pipeline, and what Stable Diffusion's own size costs. Reduced configs always; full size with --slow."""
 import gc
+import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import weights
 from conftest import randomise, relative_error
 from instaflow import CONFIGS, InstaFlow
+from lpips import BLOCKS
 from text import TextTower
 from unet import StackedUNet, UNet
 from vae import VAE
@@ -164,3 +168,32 @@ def test_stable_diffusion_itself_with_random_weights(peers, tokenizer, tmp_path)
     (tmp_path / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
     ours, theirs = both(InstaFlow.load(tmp_path), pipeline(tmp_path, tokenizer), PROMPTS[:1], 20, 28)
     assert relative_error(ours, theirs) <= 1e-3
+
+
+@pytest.mark.slow
+def test_one_training_step_of_each_script_fits_in_22_gib(tmp_path):
+    """Stable Diffusion's size at 512 px, random weights, batch 1, on a CPU: the scripts as they are typed, checkpoint and model written too."""
+    InstaFlow.random("sd15").save(tmp_path / "sd15", dtype=torch.float16)
+    torch.manual_seed(0)
+    vgg, channels = {}, 3
+    for block, width in zip(BLOCKS, (64, 128, 256, 512, 512)):
+        for i in block:
+            vgg |= {f"features.{i}.weight": torch.randn(width, channels, 3, 3) * (2 / (9 * channels)) ** 0.5, f"features.{i}.bias": torch.zeros(width)}
+            channels = width
+    save_file(vgg, tmp_path / "vgg.safetensors")
+    (tmp_path / "prompts.txt").write_text("a red circle left of a blue square\n")
+    gc.collect()
+    step = "--model sd15 --pairs pairs --out out --iterations 1 --batch 1 --checkpoint --device cpu"
+    for line in ("pairs.py --model sd15 --prompts prompts.txt --steps 1 --guidance 5 --batch 1 --out pairs --device cpu", f"train_reflow.py {step}", f"distill.py {step}",
+                 f"distill.py {step} --loss lpips --vgg vgg.safetensors"):
+        script, *words = line.split()
+        with open(tmp_path / "output.txt", "w") as output:
+            process = subprocess.Popen([sys.executable, ROOT / script, *words], cwd=tmp_path, stdout=output, stderr=output)
+            _, status, usage = os.wait4(process.pid, 0)
+        print(f"\n{line}: {usage.ru_maxrss / 2 ** 20:.1f} GiB")
+        assert status == 0, (tmp_path / "output.txt").read_text()
+        assert usage.ru_maxrss <= 22 * 2 ** 20
+        if script != "pairs.py":
+            logged, = map(json.loads, (tmp_path / "out" / "training" / "log.jsonl").read_text().splitlines())
+            assert logged["step"] == 1 and 0 < logged["loss"] < 100 and logged["gradient"] > 0
+            shutil.rmtree(tmp_path / "out")                # 14 GB of checkpoint

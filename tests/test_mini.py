@@ -8,6 +8,7 @@ import torch
 
 import cli
 import mini
+from text import tokenize
 from vae import VAE
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -35,6 +36,21 @@ def test_images_are_the_scenes():
     pixels, words, _ = mini.scenes.batch(5, 3, 2)
     assert words == captions
     assert ((image + 1) * 127.5).round().permute(0, 2, 3, 1).to(torch.uint8).equal(torch.from_numpy(pixels))
+
+
+def test_places_are_those_of_the_objects_that_a_caption_names():
+    _, captions, drawn = mini.scenes.batch(5, 0, 300)
+    ids = tokenize(captions)
+    named, shown = mini.places(drawn, ids)
+    assert named.shape == (300, 3) and shown.shape == (300, 3, 2)
+    for i, scene in enumerate(drawn):
+        assert (named[i] > 0).sum() == len(scene.objects) and named[i, :len(scene.objects)].diff().gt(0).all()
+        for k, thing in enumerate(scene.objects):          # "colour shape" stand side by side, and are its own
+            name, at = tokenize([f"{thing.colour} {thing.shape}"])[0], named[i, k] + 1
+            name = name[1:name.argmax()]                   # the start and the end, the largest token, are no part of it
+            assert ids[i, at - len(name):at].equal(name)
+            assert shown[i, k].tolist() == pytest.approx([thing.x / 32 - 1, thing.y / 32 - 1], abs=1e-6)
+    assert sum(caption.count(" the ") > 0 for caption in captions) > 20                      # a second mention, which is passed over
 
 
 def test_every_line_of_the_pipeline_is_understood():
