@@ -50,8 +50,8 @@ def beside(args):
 
 
 def table(args):
-    """Models x steps: exact match (overall, by number of objects, order ignored, and on scenes with pairs of colour and shape that no
-    training has), FID in the judge's features, S, held-out one-step error, ms."""
+    """Models x steps: exact match (overall, by number of objects, order ignored, in how many pictures of two objects that are right but
+    for it the said relation is too, and on scenes with pairs of colour and shape that no training has), FID in the judge's features, S, held-out one-step error, ms."""
     rows, seen, unseen = chosen(args), Evaluation(args, args.n, args.split), Evaluation(args, args.held_out or max(args.n // 4, 2), "held-out")
     models = {name: model for _, name, model, _ in rows}
     wanted, few = {}, seen.captions[:100]
@@ -68,13 +68,14 @@ def table(args):
     for item, _, model, steps in rows:
         wanted[f"{item}, ms"] = identity(model), lambda model=model, steps=steps: {"ms": milliseconds(model, steps)}
     kept = keep(args.out, wanted)
-    print("| model : steps | exact match | 1 / 2 / 3 objects | order ignored | unseen pairs | FID (judge) | S | one-step error | ms |\n" + "|---" * 9 + "|")
+    print("| model : steps | exact match | 1 / 2 / 3 objects | order ignored | relations | unseen pairs | FID (judge) | S | one-step error | ms |\n" + "|---" * 10 + "|")
     for item in ("real scenes", "their VAE reconstructions", *(row[0] for row in rows)):
         row, name = kept[item], item.partition(":")[0]
         by = " / ".join(f"{counted['exact']:.2f}" for counted in row["by_objects"].values())
+        related = next((counted.get("related") for count, counted in row["by_objects"].items() if str(count) == "2"), None)
         error = kept.get(f"{name}, one step", {}).get("error")
         speed = f"{kept[f'{name}, S']['straightness']:.3f} | {'' if error is None else f'{error:.3f}'} | {kept[f'{item}, ms']['ms']:.0f}" if name in models else "| |"
-        print(f"| {item} | {row['exact']:.3f} | {by} | {row['unordered']:.3f} | {kept[f'{item}, held-out pairs']['exact']:.3f} | {row['fid']:.2f} | {speed} |")
+        print(f"| {item} | {row['exact']:.3f} | {by} | {row['unordered']:.3f} | {'' if related is None else f'{related:.2f}'} | {kept[f'{item}, held-out pairs']['exact']:.3f} | {row['fid']:.2f} | {speed} |")
     apart = [row["unrelated"] for row in kept.values() if "unrelated" in row]
     print(f"\n{args.n} captions, split {args.split}, seed {args.seed}, {training.hardware()}, {time.strftime('%Y-%m-%d')}: `python {' '.join(sys.argv)}`"
           + f"\nUnrelated latents of a teacher have a squared distance of {np.mean(apart):.2f}." * bool(apart))

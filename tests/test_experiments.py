@@ -179,7 +179,7 @@ def small(monkeypatch):
             self.captions, self.images = ["a red circle"] * n, split
 
         def scores(self, pictures):
-            return {"exact": 0.25, "unordered": 0.5, "by_objects": {1: {"exact": 0.75}}, "fid": 12.0, "pictures": str(pictures)}
+            return {"exact": 0.25, "unordered": 0.5, "by_objects": {1: {"exact": 0.75, "related": None}, 2: {"exact": 0.1, "related": 0.4}}, "fid": 12.0, "pictures": str(pictures)}
 
         def row(self, name, model, steps, guidance=None):
             return measure.identity(model) + self.images, lambda: self.scores((name, steps, guidance))
@@ -197,8 +197,8 @@ def test_the_table_has_a_line_a_row_and_every_column(command, small, models, tmp
     kept = json.loads((tmp_path / "t.json").read_text())
     s = {key.split(",")[0]: row["straightness"] for key, row in kept.items() if "straightness" in row}
     error = next(row["error"] for row in kept.values() if "error" in row)
-    assert cells["teacher:1"][:7] == ["0.250", "0.75", "0.500", "0.250", "12.00", f"{s['teacher']:.3f}", ""]
-    assert cells["flow:1"][5:7] == [f"{s['flow']:.3f}", f"{error:.3f}"] and cells["real scenes"][5:] == ["", "", ""]
+    assert cells["teacher:1"][:8] == ["0.250", "0.75 / 0.10", "0.500", "0.40", "0.250", "12.00", f"{s['teacher']:.3f}", ""]
+    assert cells["flow:1"][6:8] == [f"{s['flow']:.3f}", f"{error:.3f}"] and cells["real scenes"][6:] == ["", "", ""]
     assert err.count(", S\n") == 2 and err.count(", ms\n") == 3              # S once a model
 
 

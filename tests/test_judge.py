@@ -197,7 +197,8 @@ def test_errors_are_one_line_and_status_2(flags, said, monkeypatch, capsys):
 def test_the_shipped_judge_reads_unseen_combinations(shipped):
     images, captions, _ = scenes.batch(2_000_003, 0, 1000, "held-out")
     rates = J.exact_match(shipped, images, captions)
-    assert rates["n"] == 1000 and rates["exact"] >= 0.99 and rates["unordered"] >= rates["exact"]
+    assert rates["n"] == 1000 and rates["exact"] >= 0.99 and rates["unordered"] >= rates["exact"] and rates["related"] >= 0.99
+    assert rates["by_objects"][1]["related"] is None       # one object tells of no place
     assert sum(part["n"] for part in rates["by_objects"].values()) == 1000
     assert sum(part["n"] * part["exact"] for part in rates["by_objects"].values()) == pytest.approx(1000 * rates["exact"])
 
@@ -211,6 +212,6 @@ def test_the_shipped_judge_sees_what_is_wrong(shipped):
     related = [i for i, caption in enumerate(captions) if scenes.parse(caption).relations]
     turned = images[related][:, ::-1, ::-1].copy()                                 # upside down: every relation is false
     rates = J.exact_match(shipped, turned, [captions[i] for i in related])
-    assert len(related) > 60 and rates["exact"] == 0 and rates["unordered"] > 0.2
+    assert len(related) > 60 and rates["exact"] == 0 and rates["unordered"] > 0.2 and rates["related"] == 0
     places = [(abs(o.x - t.x) + abs(o.y - t.y)) for r, one in zip(shipped.read(images), drawn) for o in r.objects for t in one.objects if (o.shape, o.colour) == (t.shape, t.colour)]
     assert len(places) > 300 and max(places) < 4
