@@ -45,6 +45,8 @@ VAE_TRAINING = Namespace(
 TEACHER_TRAINING = Namespace(
     scenes=64_000,        # encoded once; seen 36 times
     iterations=36_000,
+    related=4_000,        # of the iterations, the first: only scenes of two objects whose caption says which is where. Among others
+                          # the words of place are learned many times as late (Teacher)
     batch=64,
     lr=1e-3,              # cosine to zero
     warmup=200,
@@ -152,10 +154,13 @@ def places(drawn, ids):
     return named, shown
 
 
+WORLD = ("latents", "ids", "named", "shown", "related")
+
+
 @torch.no_grad()
 def encode_world(vae, out, world):
     """The teacher's data, made once, of `scenes` captioned pictures -> (latents [N, 4, h, w] float16, token ids [N, 77], and
-    `places`: named [N, 3], shown [N, 3, 2])."""
+    `places`: named [N, 3], shown [N, 3, 2]; and which of them are of two objects, with their relation said, int64 [M])."""
     s = TEACHER_TRAINING
     path = Path(out) / "training" / f"world-{s.seed}-{s.scenes}-by-{crc(vae)}.safetensors"       # another VAE's latents are another world
     if world.rank == 0 and not path.exists():
@@ -165,18 +170,19 @@ def encode_world(vae, out, world):
             with training.autocast(world.device):
                 mean, _ = vae.encode(image.to(world.device).contiguous(memory_format=torch.channels_last))
             ids = tokenize(captions)
-            rows.append((mean.half().cpu(), ids, *places([scenes.scene(s.seed, start + i) for i in range(100)], ids)))
-        training.write_tensors(path, dict(zip(("latents", "ids", "named", "shown"), map(torch.cat, zip(*rows)))))
+            related = [start + i for i, claim in enumerate(map(scenes.parse, captions)) if len(claim.objects) == 2 and claim.relations]
+            rows.append((mean.half().cpu(), ids, *places([scenes.scene(s.seed, start + i) for i in range(100)], ids), torch.tensor(related)))
+        training.write_tensors(path, dict(zip(WORLD, map(torch.cat, zip(*rows)))))
     training.barrier()
     data = load_file(path)
-    return data["latents"], data["ids"], data["named"], data["shown"]
+    return [data[key] for key in WORLD]
 
 
 def train_teacher(out, world, compiled=False):
     """Noise prediction as Stable Diffusion's (Ho et al. 2020, equation 14), text tower included -> the saved model."""
     s = TEACHER_TRAINING
     vae = standardise(train_vae(out, world).cpu()).to(world.device)
-    latents, ids, named, shown = encode_world(vae, out, world)
+    latents, ids, named, shown, related = encode_world(vae, out, world)
     torch.manual_seed(s.seed)
     teacher = Teacher().to(world.device, memory_format=torch.channels_last)
     ema, optimizer = copy.deepcopy(teacher), training.adamw(teacher, s.lr)
@@ -185,7 +191,8 @@ def train_teacher(out, world, compiled=False):
     net, null, bar = training.distributed(teacher, world), tokenize([""]), Schedule.stable_diffusion().alphas_cumprod.float()
     info = {"prediction": "epsilon", "sampler": "dpm", "steps": 25, "guidance": GUIDANCE}
     for step, log, lr in training.steps(s, world, f"{out}/training/teacher", teacher, ema, optimizer, training.recipe(s), cosine=True):
-        rows = torch.from_numpy(world.share(training.batch_indices(s.seed, step, s.batch, len(latents))))
+        rows = torch.from_numpy(world.share(training.batch_indices(s.seed, step, s.batch, len(related) if step < s.related else len(latents))))
+        rows = related[rows] if step < s.related else rows
         rng = training.step_generator(s.seed, step)
         index = torch.from_numpy(world.share((1000 * rng.random(s.batch) ** s.skew).astype(int)))
         dropped = torch.from_numpy(world.share(rng.random(s.batch) < s.drop))
@@ -262,7 +269,7 @@ def main():
     args = parser.parse_args()
     if args.short:
         for settings in (VAE_TRAINING, TEACHER_TRAINING):
-            vars(settings).update({k: v for k, v in dict(iterations=4, batch=4, scenes=100, save_every=2, log_every=2).items() if hasattr(settings, k)})
+            vars(settings).update({k: v for k, v in dict(iterations=4, batch=4, scenes=100, related=2, save_every=2, log_every=2).items() if hasattr(settings, k)})
     world = training.start()
     args.run(args, world)
     training.finish()

@@ -199,7 +199,7 @@ def add_flags(parser):
 def recipe(args):
     """The settings that decide a run's result: a checkpoint made with others is another run's. (`iterations` do where the
     learning rate's schedule ends with them; else a run can be made longer.)"""
-    decisive = {"min_snr", "skew", "velocity", "where", "model", "pairs", "loss", "vgg", "linear", "lpips_size", "drop", "density", "scenes", "images", "batch", "lr", "warmup",
+    decisive = {"min_snr", "related", "skew", "velocity", "where", "model", "pairs", "loss", "vgg", "linear", "lpips_size", "drop", "density", "scenes", "images", "batch", "lr", "warmup",
                 "cosine", "weight_decay", "clip", "ema", "kl", "seed", "float32"} | ({"iterations"} if getattr(args, "cosine", True) else set())
     decisive |= {flag for flag in ("huber", "exact", "l2") if getattr(args, flag, False)}        # named only where set: checkpoints older than them go on
     return {k: v for k, v in vars(args).items() if k in decisive}
