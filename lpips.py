@@ -77,3 +77,13 @@ def read_weights(path):
     if not isinstance(tensors, dict) or not all(map(torch.is_tensor, tensors.values())):
         raise UserError(f"{path} holds no tensors by name; save the network's state_dict()")
     return tensors
+
+
+def random_vgg(widths=(64, 128, 256, 512, 512)):
+    """Tensors named and shaped as VGG16's convolutions, of other widths if you like: for speed, memory and plumbing."""
+    tensors, channels = {}, 3
+    for block, width in zip(BLOCKS, widths):
+        for i in block:
+            tensors |= {f"features.{i}.weight": torch.randn(width, channels, 3, 3) * (2 / (9 * channels)) ** 0.5, f"features.{i}.bias": torch.zeros(width)}
+            channels = width
+    return tensors

@@ -23,7 +23,7 @@ import flows
 import log
 import training
 from instaflow import CONFIGS, InstaFlow, timestep
-from lpips import BLOCKS, LPIPS
+from lpips import LPIPS, random_vgg
 from text import TextTower
 from unet import UNet
 from vae import VAE
@@ -89,24 +89,14 @@ def ceiling(device, side):
     return 2 * side ** 3 * speed_of(lambda: a @ b, 1, device, 10, 2)[0]
 
 
-def vgg(folder):
-    """A file of VGG16's shapes: what its weights are does not matter to the clock."""
-    tensors, channels = {}, 3
-    for block, width in zip(BLOCKS, (64, 128, 256, 512, 512)):
-        for i in block:
-            tensors |= {f"features.{i}.weight": torch.randn(width, channels, 3, 3) * (2 / (9 * channels)) ** 0.5, f"features.{i}.bias": torch.zeros(width)}
-            channels = width
-    save_file(tensors, f"{folder}/vgg.safetensors")
-    return f"{folder}/vgg.safetensors"
-
-
 def measure(args):
     device = torch.device(args.device)
     model = InstaFlow.random(args.config).to(device)
     x0, x1 = (torch.randn(args.batch, *model.latent_shape(), device=device) for _ in range(2))
     t, prompts, speed, memory = torch.rand(args.batch, device=device), ["a red circle left of a blue square"] * args.batch, {}, {}
     with tempfile.TemporaryDirectory() as folder:
-        distance = LPIPS(vgg(folder)).to(device)
+        save_file(random_vgg(), f"{folder}/vgg.safetensors")
+        distance = LPIPS(f"{folder}/vgg.safetensors").to(device)
 
     def generate():
         with torch.no_grad(), training.autocast(device):

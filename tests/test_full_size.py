@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 import weights
 from conftest import randomise, relative_error
 from instaflow import CONFIGS, InstaFlow
-from lpips import BLOCKS
+from lpips import random_vgg
 from text import TextTower
 from unet import StackedUNet, UNet
 from vae import VAE
@@ -174,13 +174,7 @@ def test_stable_diffusion_itself_with_random_weights(peers, tokenizer, tmp_path)
 def test_one_training_step_of_each_script_fits_in_22_gib(tmp_path):
     """Stable Diffusion's size at 512 px, random weights, batch 1, on a CPU: the scripts as they are typed, checkpoint and model written too."""
     InstaFlow.random("sd15").save(tmp_path / "sd15", dtype=torch.float16)
-    torch.manual_seed(0)
-    vgg, channels = {}, 3
-    for block, width in zip(BLOCKS, (64, 128, 256, 512, 512)):
-        for i in block:
-            vgg |= {f"features.{i}.weight": torch.randn(width, channels, 3, 3) * (2 / (9 * channels)) ** 0.5, f"features.{i}.bias": torch.zeros(width)}
-            channels = width
-    save_file(vgg, tmp_path / "vgg.safetensors")
+    save_file(random_vgg(), tmp_path / "vgg.safetensors")
     (tmp_path / "prompts.txt").write_text("a red circle left of a blue square\n")
     gc.collect()
     step = "--model sd15 --pairs pairs --out out --iterations 1 --batch 1 --checkpoint --device cpu"

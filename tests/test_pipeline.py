@@ -19,7 +19,7 @@ import flows
 import training
 from conftest import one_line, without_time
 from instaflow import InstaFlow, timestep
-from lpips import BLOCKS, LPIPS
+from lpips import LPIPS, random_vgg
 from pairs import PairDataset
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -35,17 +35,6 @@ STAGES = {                                                 # the README's lines,
 }
 TYPED = ("reflow", "distill")                              # run by `python script.py ...`; the others by a process that spares seconds of importing
 OUT = {stage: words[words.index("--out") + 1] for stage, (_, words) in STAGES.items()}
-
-
-def vgg():
-    """A trunk in VGG16's layout, random and narrow."""
-    torch.manual_seed(3)
-    tensors, channels = {}, 3
-    for block, width in zip(BLOCKS, (4, 4, 8, 8, 8)):
-        for i in block:
-            tensors |= {f"features.{i}.weight": torch.randn(width, channels, 3, 3) * (2 / (9 * channels)) ** 0.5, f"features.{i}.bias": torch.zeros(width)}
-            channels = width
-    return tensors
 
 
 def run_stage(folder, stage):
@@ -76,7 +65,8 @@ def pipeline(processes, tiny, tmp_path_factory):
     folder = tmp_path_factory.mktemp("pipeline")
     shutil.copytree(tiny / "teacher", folder / "models" / "teacher")
     (folder / "prompts.txt").write_text("\n".join(PROMPTS))
-    save_file(vgg(), folder / "vgg.safetensors")
+    torch.manual_seed(3)
+    save_file(random_vgg((4, 4, 8, 8, 8)), folder / "vgg.safetensors")
     for stage, (script, words) in STAGES.items():
         if stage in TYPED:
             done = subprocess.run([sys.executable, ROOT / script, *words], cwd=folder, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
