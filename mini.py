@@ -43,13 +43,15 @@ VAE_TRAINING = Namespace(
     save_every=500,
 )
 TEACHER_TRAINING = Namespace(
-    scenes=64_000,        # encoded once; seen 36 times
-    iterations=36_000,
+    scenes=64_000,        # encoded once; seen 40 times
+    iterations=40_000,
     related=4_000,        # of the iterations, the first: only scenes of two objects whose caption says which is where. Among others
                           # the words of place are learned many times as late (Teacher)
     batch=64,
-    lr=1e-3,              # cosine to zero
+    lr=6e-4,              # constant, so that a run can be made longer from any checkpoint of that part,
     warmup=200,
+    decay=6_000,          # and over the last of the iterations straight down to zero (Hägele et al. 2024)
+    cosine=False,
     ema=0.999,
     min_snr=5.0,          # weigh by min(SNR, this) / SNR, else faint textures have most of the gradient (Hang et al. 2023)
     skew=0.5,             # timestep 1000 u^skew, u uniform: more of where the noise is strong, and the scene's layout decided
@@ -190,7 +192,7 @@ def train_teacher(out, world, compiled=False):
         teacher.compile()
     net, null, bar = training.distributed(teacher, world), tokenize([""]), Schedule.stable_diffusion().alphas_cumprod.float()
     info = {"prediction": "epsilon", "sampler": "dpm", "steps": 25, "guidance": GUIDANCE}
-    for step, log, lr in training.steps(s, world, f"{out}/training/teacher", teacher, ema, optimizer, training.recipe(s), cosine=True):
+    for step, log, lr in training.steps(s, world, f"{out}/training/teacher", teacher, ema, optimizer, training.recipe(s)):
         rows = torch.from_numpy(world.share(training.batch_indices(s.seed, step, s.batch, len(related) if step < s.related else len(latents))))
         rows = related[rows] if step < s.related else rows
         rng = training.step_generator(s.seed, step)
@@ -209,7 +211,7 @@ def train_teacher(out, world, compiled=False):
         found = where.float().gather(1, said[:, :, None].expand(-1, -1, 2))
         miss = ((found - shown[rows].to(world.device)).square().sum(2) * asked).sum(1).mean()
         (loss + s.where * miss).backward()
-        log.add(losses, 1 - index / 1000, where=float(miss.detach()), gradient=training.optimiser_step(optimizer, teacher, lr))
+        log.add(losses, 1 - index / 1000, where=float(miss.detach()), gradient=training.optimiser_step(optimizer, teacher, lr * min(1, (s.iterations - step) / s.decay)))
         if world.rank == 0 and (step + 1) % s.sample_every == 0:
             pictures = InstaFlow(ema.unet, vae, ema.text, info).generate(PROMPTS)
             grid([pictures], None, PROMPTS).save(f"{out}/training/teacher/samples-{step + 1:06d}.png")
@@ -269,7 +271,7 @@ def main():
     args = parser.parse_args()
     if args.short:
         for settings in (VAE_TRAINING, TEACHER_TRAINING):
-            vars(settings).update({k: v for k, v in dict(iterations=4, batch=4, scenes=100, related=2, save_every=2, log_every=2).items() if hasattr(settings, k)})
+            vars(settings).update({k: v for k, v in dict(iterations=4, batch=4, scenes=100, related=2, decay=2, save_every=2, log_every=2).items() if hasattr(settings, k)})
     world = training.start()
     args.run(args, world)
     training.finish()
