@@ -8,12 +8,14 @@
 
 First L2 between latents, then LPIPS between decoded images, as in the paper. With Stable Diffusion itself as --model,
 and its pairs, this is the baseline: direct distillation. InstaFlow-1.7B is --stacked: both halves start as the 2-rectified
-flow; its LPIPS stage takes the stacked L2 student, which stays stacked. Run the same line again and it goes on where it was.
+flow; its LPIPS stage takes the stacked L2 student, which stays stacked. --steps 4 is not the paper's: a student that two and
+four steps serve too. Run the same line again and it goes on where it was.
 """
 import torch
 import torch.nn.functional as F
 
 import cli
+import flows
 import training
 from cli import UserError
 from instaflow import PROMPTS, InstaFlow, grid, to_predict
@@ -43,6 +45,7 @@ def main():
     parser.add_argument("--linear", help="for lpips: the lpips package's weights of layers (default: all channels alike)")
     parser.add_argument("--lpips-size", type=cli.seed, default=224, help="pixels a side that LPIPS sees; 0 leaves images as they are")
     parser.add_argument("--l2", type=cli.number(0), default=0.0, help="for lpips: how much of L2 between latents is added, which LPIPS alone lets brightness drift from; the paper: none")
+    parser.add_argument("--steps", type=cli.positive, default=1, help="N: learn to reach the end from every t = 0, 1/N, ... on the pair's line, so that up to N Euler steps help; the paper: 1, from t = 0 alone")
     parser.add_argument("--stacked", action="store_true", help="the student is two U-Nets in series (InstaFlow-1.7B); a stacked --model stays so")
     parser.add_argument("--exact", action="store_true", help="stay a noise predictor, read as the velocity that it equals, as train_reflow.py --exact")
     training.add_flags(parser)
@@ -71,24 +74,26 @@ def main():
     batch = data.ahead(lambda step: world.share(training.batch_indices(args.seed, step, args.batch, len(data))))
     for step, log, lr in training.steps(args, world, folder, unet, ema, optimizer, training.recipe(args) | {"pairs_made": data.info}, args.cosine, work):
         (noise, latent, prompts), losses = batch(step), []
+        times = world.share(torch.from_numpy(training.step_generator(args.seed, step).integers(args.steps, size=args.batch) / args.steps)).float()
         for part in training.parts(net, len(noise), args.accumulate):
-            x0, x1 = noise[part].to(world.device), latent[part].to(world.device)
+            x0, x1, t = (y[part].to(world.device) for y in (noise, latent, times))
+            x = flows.interpolate(x0, x1, t)               # x0 where t = 0
             with training.autocast(world.device, args.float32):
                 with torch.no_grad():
                     context = model.text(prompts[part])
-                student = x0 + flow.velocity(x0, torch.zeros(len(x0), device=world.device), context, net)  # one Euler step from t = 0
+                student = x + (1 - t)[:, None, None, None] * flow.velocity(x, t, context, net)       # one Euler step to t = 1
                 loss = (student - x1).square().mean((1, 2, 3))
                 if distance:
                     loss = args.l2 * loss + image_losses(student, x1, model, distance, args.lpips_size)
             (loss.sum() / len(noise)).backward()
             losses.append(loss.detach())
-        log.add(torch.cat(losses), gradient=training.optimiser_step(optimizer, unet, lr, args.clip, args.explode))
+        log.add(torch.cat(losses), times if args.steps > 1 else None, gradient=training.optimiser_step(optimizer, unet, lr, args.clip, args.explode))
         if world.rank == 0 and (step + 1) % args.sample_every == 0:
             with training.autocast(world.device, args.float32):
                 pictures = [flow.generate(PROMPTS, steps) for steps in (1, 4)]
             grid(pictures, ["1 step", "4 steps"], PROMPTS).save(f"{folder}/samples-{step + 1:06d}.png")
     if world.rank == 0:
-        flow.info |= {"trained_steps": [1], "made": training.made(folder, args.seed)}
+        flow.info |= {"trained_steps": [n for n in range(1, args.steps + 1) if args.steps % n == 0], "made": training.made(folder, args.seed)}
         flow.save(args.out, dtype=torch.float16)
     training.finish()
 

@@ -201,7 +201,7 @@ def recipe(args):
     learning rate's schedule ends with them; else a run can be made longer.)"""
     decisive = {"min_snr", "related", "skew", "velocity", "where", "model", "pairs", "loss", "vgg", "linear", "lpips_size", "drop", "density", "scenes", "images", "batch", "lr", "warmup",
                 "cosine", "weight_decay", "clip", "ema", "kl", "seed", "float32"} | ({"iterations"} if getattr(args, "cosine", True) else set())
-    decisive |= {flag for flag in ("huber", "exact", "l2") if getattr(args, flag, False)}        # named only where set: checkpoints older than them go on
+    decisive |= {flag for flag, default in dict(huber=False, exact=False, l2=0, steps=1).items() if getattr(args, flag, default) != default}      # checkpoints older than these flags go on
     return {k: v for k, v in vars(args).items() if k in decisive}
 
 

@@ -149,6 +149,31 @@ def test_l2_beside_lpips(pipeline, command, monkeypatch, tmp_path):
     assert one_line(command("distill.py", *words, "--l2", "1", "--out", "models/1"), "other settings (l2)")
 
 
+def test_a_student_of_several_steps(pipeline, command, monkeypatch, tmp_path):
+    """The first loss by hand, from the pair's line; then nearer to the end from each of the times."""
+    shutil.copytree(pipeline, tmp_path / "p")
+    monkeypatch.chdir(tmp_path / "p")
+    words = [*STAGES["distill"][1], "--float32", "--model", "models/teacher", "--pairs", "pairs/first", "--out", "models/several", "--steps", "4"]
+    assert command("distill.py", *words)[0] == 0
+    start, student, data = InstaFlow.load("models/teacher"), InstaFlow.load("models/several"), PairDataset("pairs/first")
+    assert student.info["steps"] == 1 and student.info["trained_steps"] == [1, 2, 4]
+    x0, x1, text = everything(data, start)
+
+    def error(model, rows, t):
+        with torch.no_grad():
+            s = t[:, None, None, None]
+            x = (1 - s) * x0[rows] + s * x1[rows]
+            return (x + (1 - s) * model.unet(x, 1000 * (1 - t), text[rows]) - x1[rows]).square().mean().item()
+    rows, line = training.batch_indices(0, 0, 4, 22), json.loads(Path("models/several/training/log.jsonl").read_text().splitlines()[0])
+    t = torch.tensor(training.step_generator(0, 0).integers(4, size=4) / 4, dtype=torch.float32)
+    assert len(set(t.tolist())) > 1 and line["loss"] == pytest.approx(error(start, rows, t), rel=1e-4)
+    for k in range(4):
+        t = torch.full((22,), k / 4)
+        assert error(student, np.arange(22), t) < 0.97 * error(start, np.arange(22), t)
+    assert one_line(command("distill.py", *words, "--steps", "2"), "other settings")
+    assert one_line(command("distill.py", *words, "--steps", "0"), "--steps")
+
+
 def test_a_stacked_student(pipeline, command, monkeypatch, tmp_path):
     """Two halves that start as the 2-rectified flow and end apart; L2, then LPIPS; one step brings it nearer to the path's end."""
     shutil.copytree(pipeline, tmp_path / "p")
