@@ -63,7 +63,7 @@ TEACHER_TRAINING = Namespace(
     save_every=250,
     sample_every=500,
 )
-GUIDANCE = 2.0            # of the teacher, on noise: chosen on a small grid
+GUIDANCE = 1.5            # of the teacher, on noise: chosen on a small grid
 
 
 
