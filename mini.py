@@ -235,13 +235,13 @@ def pipeline(root, short=False):
     lines = f"""
         judge.py train --out {models}/mini-judge {n("", "--images 200 --iterations 4 --check 50")}
         mini.py teacher --out {models}/mini-sd {n("", "--short")}
-        scenes.py --captions {n(12288, 64)} --seed 1 --out {pairs}/captions.txt
+        scenes.py --captions {n(8192, 64)} --seed 1 --out {pairs}/captions.txt
         pairs.py --model {models}/mini-sd --prompts {pairs}/captions.txt --steps {n(10, 2)} --guidance {GUIDANCE} --out {pairs}/sd
-        train_reflow.py --model {models}/mini-sd --pairs {pairs}/sd --out {models}/mini-2rf --iterations {n(1600, 4)} --lr 5e-4 {STUDENT}
-        pairs.py --model {models}/mini-2rf --prompts {pairs}/captions.txt --steps {n(8, 2)} --guidance 1.5 --number {n(16384, 64)} --out {pairs}/2rf
-        distill.py --model {models}/mini-2rf --pairs {pairs}/2rf --out {models}/mini-instaflow-l2 --iterations {n(1300, 4)} --lr 3e-4 {STUDENT}
-        distill.py --model {models}/mini-instaflow-l2 --pairs {pairs}/2rf --out {models}/mini-instaflow --loss lpips --vgg {models}/mini-judge/judge.safetensors --lpips-size 0 --l2 0.05 --iterations {n(700, 4)} --lr 4e-5 {STUDENT}
-        distill.py --model {models}/mini-sd --pairs {pairs}/sd --out {models}/mini-direct --iterations {n(1300, 4)} --lr 3e-4 {STUDENT}
+        train_reflow.py --model {models}/mini-sd --pairs {pairs}/sd --out {models}/mini-2rf --iterations {n(1200, 4)} --lr 5e-4 {STUDENT}
+        pairs.py --model {models}/mini-2rf --prompts {pairs}/captions.txt --steps {n(8, 2)} --guidance 1.5 --out {pairs}/2rf
+        distill.py --model {models}/mini-2rf --pairs {pairs}/2rf --out {models}/mini-instaflow-l2 --iterations {n(1000, 4)} --lr 3e-4 {STUDENT}
+        distill.py --model {models}/mini-instaflow-l2 --pairs {pairs}/2rf --out {models}/mini-instaflow --loss lpips --vgg {models}/mini-judge/judge.safetensors --lpips-size 0 --l2 0.05 --iterations {n(300, 4)} --lr 4e-5 {STUDENT}
+        distill.py --model {models}/mini-sd --pairs {pairs}/sd --out {models}/mini-direct --iterations {n(1000, 4)} --lr 3e-4 {STUDENT}
         experiments.py table --models {models} --judge {models}/mini-judge --out {root}/benchmarks/miniature.json {n("", "--n 100 --rows mini-2rf:1,mini-instaflow:1")}
         """.splitlines()
     return [" ".join(line.split()) for line in lines if line.strip()]
