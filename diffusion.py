@@ -3,6 +3,7 @@
 A noise predictor is a function eps(x, timestep) with x [B, ...] on the variance-preserving path
 x = a x1 + b eps, a^2 = alphas_cumprod[timestep], b^2 = 1 - a^2, and timestep a float tensor [B], 0 (image) to 999 (noise).
 """
+import functools
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,13 +35,19 @@ class Schedule:
     def index(self, t):
         """Float index [B] with the signal-to-noise ratio of flow time t [B], log-SNR linear between whole indices,
         held at the schedule's ends -> (index, a, b), all float64 [B]."""
-        bar, t = self.alphas_cumprod.to(t.device), t.double()
-        noisier = (1 - bar).log() - bar.log()                                # minus the log SNR: rises with the index
+        noisier, t = _noisier(self.alphas_cumprod, t.device), t.double()
         wanted = 2 * (torch.log1p(-t) - torch.log(t))                        # the same of the line at t
-        i = torch.searchsorted(noisier, wanted).clamp(1, len(bar) - 1)
-        index = (i - 1 + (wanted - noisier[i - 1]) / (noisier[i] - noisier[i - 1])).clamp(0, len(bar) - 1)
+        i = torch.searchsorted(noisier, wanted).clamp(1, len(noisier) - 1)
+        index = (i - 1 + (wanted - noisier[i - 1]) / (noisier[i] - noisier[i - 1])).clamp(0, len(noisier) - 1)
         alpha_bar = torch.sigmoid(-wanted.clamp(noisier[0], noisier[-1]))
         return index, alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+
+
+@functools.lru_cache(maxsize=8)
+def _noisier(alpha_bar, device):
+    """Minus the log-SNR at each index, rising with it. Kept: a copy to a GPU would have every step wait for it."""
+    bar = alpha_bar.to(device)
+    return (1 - bar).log() - bar.log()
 
 
 def _steps_ok(steps):

@@ -72,7 +72,8 @@ def main():
     folder, operations = f"{args.out}/training", model.operations()
     work = 3 * operations["unet"] + bool(distance) * 3 * operations["decoder"]               # both decoded, one of them with its gradient
     batch = data.ahead(lambda step: world.share(training.batch_indices(args.seed, step, args.batch, len(data))))
-    for step, log, lr in training.steps(args, world, folder, unet, ema, optimizer, training.recipe(args) | {"pairs_made": data.info}, args.cosine, work):
+    recipe = training.recipe(args) | {"pairs_made": data.info}
+    for step, log, lr in training.steps(args, world, folder, unet, ema, optimizer, recipe, args.cosine, work):
         (noise, latent, prompts), losses = batch(step), []
         times = world.share(torch.from_numpy(training.step_generator(args.seed, step).integers(args.steps, size=args.batch) / args.steps)).float()
         for part in training.parts(net, len(noise), args.accumulate):

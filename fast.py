@@ -9,7 +9,7 @@ from torch import nn
 def place(module, device, dtype=None):
     """Put a module where it computes -> module, without gradients. On a GPU its weights are channels-last, as its convolutions are
     fastest; on a CPU they stay as the file has them: `pack` has a better layout, and channels-last inputs decide the rest."""
-    module.to(device, dtype).requires_grad_(False)
+    module.to(device).to(dtype=dtype).requires_grad_(False)                  # in this order: a GPU converts in no time
     return module.to(memory_format=torch.channels_last) if torch.device(device).type == "cuda" else module
 
 
@@ -64,9 +64,9 @@ def leave(module):
     module.to("meta")
 
 
-def compiled(module, graphs=True):
-    """torch.compile, in place, for the sizes it meets -> module. graphs: on a GPU, replay CUDA graphs: what comes out is overwritten by
-    the next call. What was compiled is kept on disk by torch itself, and the next process finds it there."""
-    cuda = next(module.parameters()).device.type == "cuda"
-    module.compile(mode="reduce-overhead" if cuda and graphs else None, dynamic=False)
+def compiled(module, device, graphs=True):
+    """torch.compile, in place, for the sizes it meets on the device where it will work -> module. graphs: on a GPU, replay CUDA graphs:
+    what comes out is overwritten by the next call. What was compiled is kept on disk by torch itself, and the next process finds it there."""
+    torch._dynamo.config.recompile_limit = 64              # sizes and dtypes in all, over all modules of a class; past its 8 torch goes on without compiling
+    module.compile(mode="reduce-overhead" if torch.device(device).type == "cuda" and graphs else None, dynamic=False)
     return module

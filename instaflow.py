@@ -82,11 +82,13 @@ class InstaFlow:
             raise UserError(f"{where} says that the U-Net predicts {info['prediction']}, not {prediction}; leave out the prediction")
         if "prediction" not in info:
             raise UserError(f"{path} does not say what its U-Net predicts (no instaflow.json, and no model_index.json of a class known here); say prediction velocity or epsilon")
-        base = local / info["base"] if isinstance(info.get("base"), str) else local
+        base, on_disk = local / info["base"] if isinstance(info.get("base"), str) else local, dtype
+        if torch.device(device).type == "cuda":
+            on_disk = None                                 # as the file has it: the GPU converts
         if local.is_file():
-            modules, base = weights.load_single_file(local, dtype), None
+            modules, base = weights.load_single_file(local, on_disk), None
         elif base.is_dir():
-            modules = weights.load_unet(local / "unet", dtype), weights.load_vae(base / "vae", dtype), weights.load_text(base / "text_encoder", dtype)
+            modules = weights.load_unet(local / "unet", on_disk), weights.load_vae(base / "vae", on_disk), weights.load_text(base / "text_encoder", on_disk)
         else:
             raise UserError(f"{where} says that VAE and text tower lie in {base}, which is no folder; put that model there")
         try:
@@ -220,8 +222,13 @@ class InstaFlow:
     def decode(self, latents, tile=None):
         """Scaled latents [B, 4, h, w] -> images [B, 3, H, W], float32 in [-1, 1]. tile: latents a side that are decoded at a
         time (`VAE.decode_tiled`: less memory, and not quite the same picture); None decodes whole."""
-        latents = (latents / self.scale).contiguous(memory_format=torch.channels_last)
-        return (self.vae.decode_tiled(latents, tile) if tile else self.vae.decode(latents)).float().clamp(-1, 1)
+        z = (latents / self.scale).to(next(self.vae.parameters()).dtype).contiguous(memory_format=torch.channels_last)
+        images = (self.vae.decode_tiled(z, tile) if tile else self.vae.decode(z)).float()
+        if z.dtype == torch.float16 and not images.isfinite().all():         # activations past 65,504, which some fine-tunes have: pictures would be black
+            print("note: this VAE does not fit into float16; it goes on in float32", file=sys.stderr)
+            self.vae.float()
+            return self.decode(latents, tile)
+        return images.clamp(-1, 1)
 
     def generate(self, prompts, steps=None, guidance=None, seed=0, first=0, negative="", height=None, width=None):
         """list[str] -> list of PIL images; None means instaflow.json's. Picture i starts from noise(0, seed, first + i)."""

@@ -64,7 +64,7 @@ TEACHER_TRAINING = Namespace(
     sample_every=500,
 )
 GUIDANCE = 1.5            # of the teacher, on noise: chosen on a small grid
-
+SHORT = dict(iterations=4, batch=4, scenes=100, related=2, decay=2, save_every=2, log_every=2)       # --short
 
 
 def images(seed, start, n, split="train"):
@@ -211,7 +211,8 @@ def train_teacher(out, world, compiled=False):
         found = where.float().gather(1, said[:, :, None].expand(-1, -1, 2))
         miss = ((found - shown[rows].to(world.device)).square().sum(2) * asked).sum(1).mean()
         (loss + s.where * miss).backward()
-        log.add(losses, 1 - index / 1000, where=float(miss.detach()), gradient=training.optimiser_step(optimizer, teacher, lr * min(1, (s.iterations - step) / s.decay)))
+        lr *= min(1, (s.iterations - step) / s.decay)
+        log.add(losses, 1 - index / 1000, where=float(miss.detach()), gradient=training.optimiser_step(optimizer, teacher, lr))
         if world.rank == 0 and (step + 1) % s.sample_every == 0:
             pictures = InstaFlow(ema.unet, vae, ema.text, info).generate(PROMPTS)
             grid([pictures], None, PROMPTS).save(f"{out}/training/teacher/samples-{step + 1:06d}.png")
@@ -271,7 +272,7 @@ def main():
     args = parser.parse_args()
     if args.short:
         for settings in (VAE_TRAINING, TEACHER_TRAINING):
-            vars(settings).update({k: v for k, v in dict(iterations=4, batch=4, scenes=100, related=2, decay=2, save_every=2, log_every=2).items() if hasattr(settings, k)})
+            vars(settings).update({k: v for k, v in SHORT.items() if hasattr(settings, k)})
     world = training.start()
     args.run(args, world)
     training.finish()

@@ -40,7 +40,8 @@ def main():
     flow = InstaFlow(ema, model.vae, model.text, info, model.base)
     folder, work = f"{args.out}/training", 3 * model.operations()["unet"]                   # a backward pass is two forward ones
     batch = data.ahead(lambda step: world.share(training.batch_indices(args.seed, step, args.batch, len(data))))
-    for step, log, lr in training.steps(args, world, folder, unet, ema, optimizer, training.recipe(args) | {"pairs_made": data.info}, args.cosine, work):
+    recipe = training.recipe(args) | {"pairs_made": data.info}
+    for step, log, lr in training.steps(args, world, folder, unet, ema, optimizer, recipe, args.cosine, work):
         rng = training.step_generator(args.seed, step)
         t = world.share(flows.sample_time(args.batch, args.density, rng)).to(world.device)
         dropped = world.share(rng.random(args.batch) < args.drop)
@@ -49,7 +50,8 @@ def main():
             with training.autocast(world.device, args.float32):
                 with torch.no_grad():
                     context = model.text(np.where(dropped[part], "", prompts[part]).tolist())
-                loss = flows.flow_loss(lambda x, t: flow.velocity(x, t, context, net), x0[part].to(world.device), x1[part].to(world.device), t[part], "none", args.huber)
+                ends = x0[part].to(world.device), x1[part].to(world.device)
+                loss = flows.flow_loss(lambda x, t: flow.velocity(x, t, context, net), *ends, t[part], "none", args.huber)
             (loss.sum() / len(x0)).backward()
             losses.append(loss.detach())
         log.add(torch.cat(losses), t, gradient=training.optimiser_step(optimizer, unet, lr, args.clip, args.explode))

@@ -92,14 +92,18 @@ def largest(values):
 @contextmanager
 def autocast(device, float32=False):
     """bf16 arithmetic over float32 weights; on a CPU only where the processor has bf16 instructions."""
-    fast = device.type == "cuda" or (device.type == "cpu" and torch.cpu._is_avx512_bf16_supported())
-    with torch.autocast(device.type, torch.bfloat16, enabled=fast and not float32), plain_attention(device):
+    with torch.autocast(device.type, torch.bfloat16, enabled=(device.type == "cuda" or _cpu_has_bf16(device)) and not float32), plain_attention(device):
         yield
 
 
+def _cpu_has_bf16(device):
+    return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+
+
 def plain_attention(device):
-    """On a CPU the fused kernel's backward pass alone takes as long as all the rest of a small network."""
-    return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()
+    """On a CPU with bf16 the fused kernel's backward pass alone takes as long as all the rest of a small network; on one without,
+    the fused kernel is the faster one."""
+    return sdpa_kernel(SDPBackend.MATH) if _cpu_has_bf16(device) else nullcontext()
 
 
 # --- the network that a loop calls ---
@@ -199,9 +203,12 @@ def add_flags(parser):
 def recipe(args):
     """The settings that decide a run's result: a checkpoint made with others is another run's. (`iterations` do where the
     learning rate's schedule ends with them; else a run can be made longer.)"""
-    decisive = {"min_snr", "related", "skew", "velocity", "where", "model", "pairs", "loss", "vgg", "linear", "lpips_size", "drop", "density", "scenes", "images", "batch", "lr", "warmup",
-                "cosine", "weight_decay", "clip", "ema", "kl", "seed", "float32"} | ({"iterations"} if getattr(args, "cosine", True) else set())
-    decisive |= {flag for flag, default in dict(huber=False, exact=False, l2=0, steps=1).items() if getattr(args, flag, default) != default}      # checkpoints older than these flags go on
+    decisive = {"batch", "clip", "cosine", "drop", "ema", "float32", "lr", "seed", "warmup", "weight_decay",                   # all, and then
+                "density", "linear", "loss", "lpips_size", "model", "pairs", "vgg",                                           # reflow's and distillation's,
+                "images", "kl", "min_snr", "related", "scenes", "skew", "velocity", "where"}                                  # the miniature's
+    decisive |= {"iterations"} if getattr(args, "cosine", True) else set()
+    newer = dict(huber=False, exact=False, l2=0, steps=1)  # checkpoints older than these flags go on
+    decisive |= {flag for flag, default in newer.items() if getattr(args, flag, default) != default}
     return {k: v for k, v in vars(args).items() if k in decisive}
 
 

@@ -2,11 +2,14 @@
 
     python benchmarks/speed.py                                      # full size, bf16, one picture in one step: minutes on a CPU
     python benchmarks/speed.py --device cuda --dtypes float32,bfloat16,float16 --batches 1,4,16 --guided --compile
+    python benchmarks/speed.py --device cuda --profile              # what the GPU does all the time, kernel by kernel
     python benchmarks/speed.py --config mini --rounds 1 --out /tmp  # to see whether it runs
 
 Weights are random, written once in float16 to --folder, and loaded by both from there. The peer runs as it comes, channels-last, and
 with --compile compiled and channels-last; ours is compared with whichever is fastest. Both go through the same Euler loop, without
 their pipelines. Numbers are medians; on a CPU that others use too, the seconds the processor worked for us say more than the clock.
+Every row is written as soon as it is measured, beside what an earlier run on the same machine has measured: the long line may be
+divided among several.
 """
 import json
 import re
@@ -24,15 +27,18 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+import checkpoint
 import cli
 import fast
 import flows
 import log
 import text
+import weights
 from cli import UserError
 from instaflow import CONFIGS, InstaFlow, to_pil
 
 PROMPT, STEPS, GUIDANCE = "a red circle left of a blue square", 25, 5.0
+PATIENCE = 60                                            # seconds of a row, after which three turns are enough
 KEYS = ("s", "cpu_s", "peak_gib", "gpu_gib")             # of processes all four
 # A process that runs a script with its arguments and then says the most memory it ever held, in bytes: resident, and on a GPU.
 CHILD = r"""
@@ -59,7 +65,7 @@ def ours(folder, device, dtype, compile=False):
     """-> text(prompts), unet(x, timestep, context), decode(scaled latents) of our modules, on the path that sample.py takes."""
     model = InstaFlow.load(folder, device, dtype)
     for module in (model.text.tower, model.unet, model.vae.decoder):
-        fast.compiled(module) if compile else fast.pack(module)
+        fast.compiled(module, device) if compile else fast.pack(module)
     return SimpleNamespace(text=model.text, unet=model.unet, decode=model.decode, last=torch.channels_last)
 
 
@@ -72,9 +78,8 @@ def theirs(folder, device, dtype, layout=torch.contiguous_format, compile=False)
     unet = UNet2DConditionModel.from_pretrained(folder / "unet", torch_dtype=dtype).to(device).to(memory_format=layout)
     vae = AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=dtype).to(device).to(memory_format=layout)
     if compile:
-        mode = "reduce-overhead" if torch.device(device).type == "cuda" else None
         for module in (tower, unet, vae.decoder):
-            module.compile(mode=mode, dynamic=False)
+            fast.compiled(module, device)
     return SimpleNamespace(text=lambda prompts: tower(tokens(prompts, padding="max_length", truncation=True, return_tensors="pt").input_ids.to(device))[0],
                            unet=lambda x, t, context: unet(x, t, context).sample, last=layout,
                            decode=lambda z: vae.decode((z / vae.config.scaling_factor).contiguous(memory_format=layout)).sample.float().clamp(-1, 1))
@@ -100,11 +105,14 @@ def clocked(call, device):
 
 def in_turns(measures, rounds, bar):
     """{name: function -> numbers, the first the seconds by the clock} -> {name: medians by KEYS, and all of the first}."""
-    seen = {name: [] for name in measures}
-    for _ in range(rounds):
+    seen, begun = {name: [] for name in measures}, time.perf_counter()
+    for turn in range(rounds):
         for name, measure in measures.items():
             seen[name].append(measure())
-            bar.update()
+        bar.update()
+        if turn >= 2 and time.perf_counter() - begun > PATIENCE:
+            bar.update(rounds - turn - 1)
+            break
     return {name: dict(zip(KEYS, map(statistics.median, zip(*runs)))) | {"all_s": [round(run[0], 4) for run in runs]} for name, runs in seen.items()}
 
 
@@ -118,9 +126,9 @@ def ceiling(device, dtype):
 
 @torch.no_grad()
 def stages(sides, args, dtype, flop, bar):
-    """Rows of text, U-Net, decoder and whole pictures, for each batch."""
+    """Yield rows of text, U-Net, decoder and whole pictures, for each batch."""
     config, device = CONFIGS[args.config][0], args.device
-    best, rows = ceiling(device, dtype), []
+    best = ceiling(device, dtype)
     for batch in args.batches:
         prompts = [f"{PROMPT} {i}" for i in range(batch)]
         x, t = torch.randn(batch, config.in_channels, config.sample_size, config.sample_size).to(device, dtype), torch.full((batch,), 900.0, device=device)
@@ -132,24 +140,24 @@ def stages(sides, args, dtype, flop, bar):
         if args.guided:
             tasks.append(("picture, guided", STEPS, flop["text"] + 2 * STEPS * flop["unet"] + flop["decoder"], lambda side: picture(side, prompts, x, STEPS, GUIDANCE)))
         for stage, steps, work, task in tasks:
-            for _ in range(3 if args.compile else 1):      # graphs are recorded in the second call
-                out = {name: task(side) for name, side in sides.items()}
+            for _ in range(3 if args.compile else 1):      # graphs are recorded in the second call, and write over their outputs in the next
+                out = {name: y.clone() if torch.is_tensor(y := task(side)) else y for name, side in sides.items()}
             times = in_turns({name: (lambda side=side: clocked(lambda: task(side), device)) for name, side in sides.items()}, args.rounds, bar)
             row = {"stage": stage, "dtype": str(dtype)[6:], "batch": batch, "steps": steps, "tflop": work * batch / 1e12, "floor_s": work * batch / best[0], "floor_cpu_s": work * batch / best[1], "times": times}
             if not isinstance(out["ours"], list):          # (pictures are PIL's)
                 row["largest_difference"] = max(float((out[name] - out["diffusers"]).abs().max() / out["diffusers"].abs().max()) for name in out if name.startswith("ours"))
-            rows.append(row)
-    return rows
+            yield row
 
 
 def processes(folder, args, dtype, bar):
-    """Process start to PNG: seconds by the clock and of the processors, and the most memory, of ours and theirs in turns."""
+    """A row of process start to PNG: seconds by the clock and of the processors, and the most memory, of ours and theirs in turns."""
     name = str(dtype)[6:]
     with tempfile.TemporaryDirectory() as place:
         sample = [ROOT / "sample.py", "--model", folder, "--device", args.device, "--dtype", name, "--steps", 1, "--guidance", 1, "--out", f"{place}/ours.png", PROMPT]
         lines = {"ours": sample, "ours, --low-memory": [*sample, "--low-memory"]}
         for kind, layout in (("diffusers", "contiguous_format"), ("diffusers, channels-last", "channels_last")):
             lines[kind] = [ROOT / "benchmarks" / "peer.py", folder, args.device, name, layout, f"{place}/peer.png", PROMPT]
+        lines["diffusers, lean"] = [*lines[kind], "lean"]
 
         def once(line):
             before, wall = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
@@ -159,23 +167,54 @@ def processes(folder, args, dtype, bar):
                 raise UserError(f"{line[0]} ended with status {done.returncode}: {done.stderr.strip().splitlines()[-1]}")
             peak = [int(n) / 2**30 for n in re.search(r"PEAK (\d+) (\d+)", done.stdout).groups()]
             return wall, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, *peak
-        return [{"stage": "process start to PNG", "dtype": name, "batch": 1, "steps": 1, "times": in_turns({kind: (lambda line=line: once(line)) for kind, line in lines.items()}, args.half, bar)}]
+        return {"stage": "process start to PNG", "dtype": name, "batch": 1, "steps": 1, "times": in_turns({kind: (lambda line=line: once(line)) for kind, line in lines.items()}, args.half, bar)}
 
 
-def ratio(times, key):
-    """Our best over the peer's best."""
-    mine, other = (min(t[key] for name, t in times.items() if name.startswith(who)) for who in ("ours", "diffusers"))
+def measured(folder, makers, args, bar):
+    """Yield every row that the flags ask for."""
+    unet, vae, tower = CONFIGS[args.config]
+    flop = InstaFlow.load(folder).operations() | {"text": log.flops(lambda: text.TextTower(tower)(torch.zeros(1, 77, dtype=torch.long)))}
+    for dtype in (getattr(torch, name) for name in args.dtypes):
+        yield processes(folder, args, dtype, bar)          # before this process holds much itself
+        loads = {name: (lambda make=make: clocked(lambda: make(folder, args.device, dtype), args.device)) for name, make in (("ours", ours), ("diffusers", theirs))}
+        for load in loads.values():
+            load()                                         # imports are no loading
+        yield {"stage": "load", "dtype": str(dtype)[6:], "batch": 1, "steps": 1, "times": in_turns(loads, args.rounds, bar)}
+        torch.compiler.reset()
+        yield from stages({name: make(folder, args.device, dtype) for name, make in makers.items()}, args, dtype, flop, bar)
+
+
+@torch.no_grad()
+def profiled(folder, makers, args):
+    """What computes longest in one picture, of every side and dtype: PyTorch's own profile."""
+    from torch.profiler import ProfilerActivity, profile
+    gpu = torch.device(args.device).type == "cuda"
+    for dtype in (getattr(torch, name) for name in args.dtypes):
+        config = CONFIGS[args.config][0]
+        x = torch.randn(1, config.in_channels, config.sample_size, config.sample_size).to(args.device, dtype)
+        for name, make in makers.items():
+            side = make(folder, args.device, dtype)
+            for _ in range(3):
+                picture(side, [PROMPT], x, 1, 1)
+            with profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * gpu) as seen:
+                picture(side, [PROMPT], x, 1, 1)
+            print(f"\n{name}, {str(dtype)[6:]}:\n" + seen.key_averages().table(sort_by=f"self_{'cuda' if gpu else 'cpu'}_time_total", row_limit=15, max_name_column_width=70))
+
+
+def ratio(times, key, compiled=True):
+    """Our best over the peer's best; without compiled, of those that are not compiled."""
+    mine, other = (min(t[key] for name, t in times.items() if name.startswith(who) and (compiled or "compiled" not in name)) for who in ("ours", "diffusers"))
     return mine / other if other else float("nan")
 
 
 def table(rows, key):
     """Lines of markdown. key: "s", or "cpu_s", by which the share of the ceiling is."""
     names = list(dict.fromkeys(name for row in rows for name in row["times"]))
-    lines = ["| stage | dtype | batch | steps | " + " | ".join(f"{n}, ms (cpu s)" for n in names) + " | ours / peer's best, clock | cpu s | share of the ceiling |", "|" + "---|" * (len(names) + 7)]
+    lines = ["| stage | dtype | batch | steps | " + " | ".join(f"{n}, ms (cpu s)" for n in names) + " | ours / peer's best, clock | cpu s | neither compiled, clock | share of the ceiling |", "|" + "---|" * (len(names) + 8)]
     for row in rows:
         cells = [f"{1000 * row['times'][n]['s']:.0f} ({row['times'][n]['cpu_s']:.2f})" if n in row["times"] else "" for n in names]
         quick = min(t[key] for n, t in row["times"].items() if n.startswith("ours"))
-        lines.append(f"| {row['stage']} | {row['dtype']} | {row['batch']} | {row['steps']} | " + " | ".join(cells) + f" | {ratio(row['times'], 's'):.2f} | {ratio(row['times'], 'cpu_s'):.2f} | "
+        lines.append(f"| {row['stage']} | {row['dtype']} | {row['batch']} | {row['steps']} | " + " | ".join(cells) + f" | {ratio(row['times'], 's'):.2f} | {ratio(row['times'], 'cpu_s'):.2f} | {ratio(row['times'], 's', compiled=False):.2f} | "
                      + (f"{row[f'floor_{key}'] / quick:.0%} |" if "tflop" in row else "|"))
     for row in rows:
         for where in [k for k in KEYS[2:] if row["times"]["ours"].get(k)]:
@@ -184,9 +223,9 @@ def table(rows, key):
 
 
 def chart(rows, key, path, title):
-    """Bars of the first batch, a panel a stage and dtype, beside the floor: the stage's operations at the ceiling."""
+    """Bars of the first dtype, a panel a stage and batch, beside the floor: the stage's operations at the ceiling."""
     from matplotlib.figure import Figure
-    rows = [row for row in rows if row["batch"] == rows[0]["batch"]]
+    rows = [row for row in rows if row["dtype"] == rows[0]["dtype"]]
     figure = Figure(figsize=(10, 1.5 * len(rows) + 0.6), layout="constrained")
     for axes, row in zip(figure.subplots(len(rows), 1, squeeze=False)[:, 0], rows):
         names, head = list(row["times"])[::-1], f"{row['stage']}, {row['dtype']}, batch {row['batch']}" + f", {row['steps']} steps" * (row["steps"] > 1)
@@ -211,6 +250,7 @@ def main():
     add("--batches", type=lambda words: [cli.positive(w) for w in words.split(",")], default=[1], help="as in 1,4,16")
     add("--guided", action="store_true", help=f"also {STEPS} steps with guidance {GUIDANCE:g}")
     add("--compile", action="store_true", help="also both compiled: on a CPU, many minutes")
+    add("--profile", action="store_true", help="measure nothing: print what computes longest")
     add("--rounds", type=cli.positive, default=20 if gpu else 5, help="turns; half as many of whole processes")
     add("--folder", type=Path, help="where the weights are or are to be written: 2.1 GB at full size (default: a temporary one)")
     add("--out", type=Path, default=Path(__file__).parent, help="the folder of speed-<device>.json and .png")
@@ -220,29 +260,29 @@ def main():
         import diffusers
     except ImportError:
         raise UserError("diffusers, which this compares with, is not installed; pip install -r requirements-dev.txt") from None
-    dtypes = args.dtypes.split(",")
-    if set(dtypes) - {"float32", "bfloat16", "float16"}:
-        parser.error(f"--dtypes {args.dtypes}: name some of float32,bfloat16,float16")
+    args.dtypes = args.dtypes.split(",")
+    if set(args.dtypes) - {"float32", "bfloat16", "float16"}:
+        parser.error(f"--dtypes {','.join(args.dtypes)}: name some of float32,bfloat16,float16")
     makers = {"ours": ours, **({"ours, compiled": lambda *a: ours(*a, compile=True)} if args.compile else {}), "diffusers": theirs,
               "diffusers, channels-last": lambda *a: theirs(*a, torch.channels_last), **({"diffusers, compiled": lambda *a: theirs(*a, torch.channels_last, True)} if args.compile else {})}
-    rows, kind = [], torch.device(args.device).type
+    torch.backends.cuda.matmul.allow_tf32 = True           # on both sides and at the ceiling, as convolutions have it anyway
+    kind = torch.device(args.device).type
+    path, name = args.out / f"speed-{kind}.json", lambda row: [row[key] for key in ("stage", "dtype", "batch", "steps")]
+    facts = {"hardware": log.hardware(), "threads": torch.get_num_threads(), "config": args.config, "torch": torch.__version__, "diffusers": diffusers.__version__}
+    old = weights.read_json(path) if path.exists() else {}
+    rows = old["rows"] if facts.items() <= old.items() else []
+    args.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as temporary:
         folder = args.folder or Path(temporary)
         write_model(folder, args.config)
-        unet, vae, tower = CONFIGS[args.config]
-        flop = InstaFlow.load(folder).operations() | {"text": log.flops(lambda: text.TextTower(tower)(torch.zeros(1, 77, dtype=torch.long)))}
-        with tqdm(total=len(dtypes) * (6 * args.half + len(makers) * args.rounds * len(args.batches) * (4 + args.guided)), desc="speed", mininterval=1) as bar:
-            for dtype in (getattr(torch, name) for name in dtypes):
-                rows += processes(folder, args, dtype, bar)                  # before this process holds much itself
-                loads = {"ours": lambda: clocked(lambda: ours(folder, args.device, dtype), args.device), "diffusers": lambda: clocked(lambda: theirs(folder, args.device, dtype), args.device)}
-                rows.append({"stage": "load", "dtype": str(dtype)[6:], "batch": 1, "steps": 1, "times": in_turns(loads, args.half, bar)})
-                rows += stages({name: make(folder, args.device, dtype) for name, make in makers.items()}, args, dtype, flop, bar)
-    facts = {"hardware": log.hardware(), "threads": torch.get_num_threads(), "config": args.config, "date": time.strftime("%Y-%m-%d"), "torch": torch.__version__,
-             "diffusers": diffusers.__version__, "command": " ".join(["python", *sys.argv]), "rows": rows}
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / f"speed-{kind}.json").write_text(json.dumps(facts, indent=1) + "\n")
+        if args.profile:
+            return profiled(folder, makers, args)
+        with tqdm(total=len(args.dtypes) * (args.half + args.rounds * (1 + len(args.batches) * (4 + args.guided))), desc="speed", mininterval=1) as bar:
+            for row in measured(folder, makers, args, bar):
+                rows = [other for other in rows if name(other) != name(row)] + [row | {"date": time.strftime("%Y-%m-%d"), "command": " ".join(["python", *sys.argv])}]
+                checkpoint.write(path, (json.dumps(facts | {"rows": rows}, indent=1) + "\n").encode())
     key = "cpu_s" if kind == "cpu" else "s"
-    chart(rows, key, args.out / f"speed-{kind}.png", f"{args.config}, {'processor seconds' if kind == 'cpu' else 'seconds'}: {facts['hardware']}, {facts['threads']} threads, {facts['date']}")
+    chart(rows, key, path.with_suffix(".png"), f"{args.config}, {'processor seconds' if kind == 'cpu' else 'seconds'}: {facts['hardware']}, {facts['threads']} threads, {rows[-1]['date']}")
     print("\n".join(table(rows, key)))
 
 
