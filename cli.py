@@ -1,6 +1,7 @@
 """What every command line here shares: one-line errors with exit status 2, and files of prompts."""
 import argparse
 import errno
+import io
 import json
 import os
 import signal
@@ -26,7 +27,29 @@ class Parser(argparse.ArgumentParser):
         super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **kwargs)
 
     def error(self, message):
-        self.exit(2, f"{self.prog}: {message} (--help lists the flags)\n")
+        self.exit(2, f"{self.prog}: {' '.join(message.split())} (--help lists the flags)\n")
+
+
+def folder(text):
+    """An argparse type: a folder's name. An empty one, as an unset variable of the shell leaves it, would be the current folder or "/"."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("the name is empty; name a folder")
+    return text
+
+
+def writable(path):
+    """Raises OSError where no file can be written there: to be asked before the work, not after it."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    wrong = errno.EISDIR if path.is_dir() else 0 if os.access(path.parent, os.W_OK) else errno.EACCES
+    if wrong:
+        raise OSError(wrong, os.strerror(wrong), str(path))
+
+
+def another(out, model):
+    """Raises UserError where what is trained would be written over what it is trained from."""
+    if Path(out).resolve() == Path(model).resolve():
+        raise UserError(f"--out {out} is --model itself, which would be lost; name another folder")
 
 
 def positive(text):
@@ -74,6 +97,8 @@ def device(text):
 
 def run(main):
     """Call `main()`; what the user can mend becomes one line on stderr and exit status 2, never a traceback."""
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a file's name that the terminal cannot show is no reason to fail
     try:
         main()
     except UserError as error:
@@ -113,7 +138,7 @@ def read_prompts(path):
         raise UserError(f"{path} is a folder; name a text file with one prompt a line") from None
     except UnicodeDecodeError:
         raise UserError(f"{path} is not UTF-8 text; save it as UTF-8, one prompt a line") from None
-    prompts = [line.strip() for line in text.splitlines() if line.strip()]
+    prompts = [line.strip() for line in text.split("\n") if line.strip()]
     if not prompts:
         raise UserError(f"{path} holds no prompt; write one prompt a line into it")
     return prompts
@@ -128,6 +153,8 @@ class Prompts:
         self.path, self.crc, self.starts, place = Path(path), 0, array("q"), 0
         try:
             self.file = open(path, "rb")
+            if not self.file.seekable():                   # a pipe
+                self.file = io.BytesIO(self.file.read())
         except FileNotFoundError:
             raise UserError(f"{path}: no such prompt file; write one prompt a line into it") from None
         except IsADirectoryError:
@@ -147,10 +174,12 @@ class Prompts:
             if not text or self.path.suffix not in (".jsonl", ".json", ".ndjson"):
                 return text
             value = json.loads(text)
-            return " ".join((value if isinstance(value, str) else next(value[k] for k in KEYS if k in value)).split())
-        except UnicodeDecodeError:
+            text = " ".join((value if isinstance(value, str) else next(value[k] for k in KEYS if k in value)).split())
+            text.encode()                                  # JSON can spell half a character
+            return text
+        except UnicodeError:
             raise UserError(f"{self.path}, line {number}: not UTF-8 text; save it as UTF-8, one prompt a line") from None
-        except (ValueError, TypeError, AttributeError, StopIteration):
+        except (ValueError, TypeError, AttributeError, StopIteration, RecursionError):
             raise UserError(f"{self.path}, line {number}: no JSON string, and no object with a string under {', '.join(KEYS)}; write one a line") from None
 
     def __len__(self):

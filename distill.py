@@ -39,7 +39,7 @@ def main():
     parser = cli.Parser(__doc__)
     parser.add_argument("--model", required=True, help="initialisation: the model that made the pairs, or the L2 student")
     parser.add_argument("--pairs", required=True, help="folder written by pairs.py")
-    parser.add_argument("--out", required=True, help="folder of the student; checkpoints and log in its training/")
+    parser.add_argument("--out", type=cli.folder, required=True, help="folder of the student; checkpoints and log in its training/")
     parser.add_argument("--loss", choices=("l2", "lpips"), default="l2", help="between latents, or between decoded images")
     parser.add_argument("--vgg", help="for lpips: VGG16's weights (torchvision's file), or the judge's")
     parser.add_argument("--linear", help="for lpips: the lpips package's weights of layers (default: all channels alike)")
@@ -57,6 +57,7 @@ def main():
     if 0 < args.lpips_size < 16:
         raise UserError(f"--lpips-size {args.lpips_size} is too small for VGG16, which halves a picture four times; give at least 16")
 
+    cli.another(args.out, args.model)
     world = training.start(args.device, hours=1)
     data, model = PairDataset(args.pairs), InstaFlow.load(args.model, world.device)
     data.check(model, args.model, seen=bool(model.info.get("trained_steps")))

@@ -217,7 +217,7 @@ def main():
         parser.error("--n and --held-out must be at least 2")
     if args.png and args.out.suffix != ".png":
         parser.error(f"--out {args.out}: figures are written as PNG; name a .png file")
-    args.out.parent.mkdir(parents=True, exist_ok=True)     # what cannot be written shows now
+    cli.writable(args.out)
     args.run(args)
 
 

@@ -289,6 +289,8 @@ def arguments():
         parser.error("--matched needs a reference folder")
     if args.save and args.save.suffix != ".npz":
         parser.error(f"--save {args.save}: statistics are written as .npz; name a .npz file")
+    if args.save:
+        cli.writable(args.save)
     number, side = PROTOCOLS.get(args.protocol, (None, None))
     args.number, args.size = args.number or number, args.size or side
     return args

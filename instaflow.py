@@ -7,6 +7,7 @@ A model on disk is a folder in the diffusers layout plus instaflow.json, which s
 (velocity | epsilon), how to sample it, and where the frozen VAE and text tower lie (`base`) if not inside.
 """
 import json
+import math
 import os
 import sys
 import textwrap
@@ -52,7 +53,7 @@ class InstaFlow:
 
     def __init__(self, unet, vae, text, info, base=None):
         prediction = info.get("prediction")
-        if prediction not in DEFAULTS:
+        if not isinstance(prediction, str) or prediction not in DEFAULTS:
             raise UserError(f'prediction is {prediction!r}; it must be "velocity" or "epsilon"')
         self.unet, self.vae, self.text, self.base = unet, vae, text, base
         self.info = {**DEFAULTS[prediction], **info}
@@ -63,10 +64,11 @@ class InstaFlow:
         trained = self.info.get("trained_steps", [])
         if type(trained) is not list or any(type(n) is not int or n < 1 for n in trained):
             raise UserError(f"trained_steps is {trained!r}; it must be a list of whole numbers of at least 1")
-        if self.info["sampler"] not in SAMPLERS:
+        if not isinstance(self.info["sampler"], str) or self.info["sampler"] not in SAMPLERS:
             raise UserError(f"sampler is {self.info['sampler']!r}; it must be one of {', '.join(SAMPLERS)}")
-        if type(self.info["steps"]) is not int or self.info["steps"] < 1 or type(self.info["guidance"]) not in (int, float):
-            raise UserError(f"steps is {self.info['steps']!r} and guidance {self.info['guidance']!r}; they must be a whole number of at least 1 and a number")
+        steps, guidance = self.info["steps"], self.info["guidance"]
+        if type(steps) is not int or steps < 1 or type(guidance) not in (int, float) or not math.isfinite(guidance):
+            raise UserError(f"steps is {steps!r} and guidance {guidance!r}; they must be a whole number of at least 1 and a finite number")
         self.schedule = diffusion.Schedule.stable_diffusion()
 
     # --- on disk ---
@@ -91,6 +93,8 @@ class InstaFlow:
             modules = weights.load_unet(local / "unet", on_disk), weights.load_vae(base / "vae", on_disk), weights.load_text(base / "text_encoder", on_disk)
         else:
             raise UserError(f"{where} says that VAE and text tower lie in {base}, which is no folder; put that model there")
+        if info.get("base") and info.get("base_weights") not in (None, weights.checksum(base, "vae", "text_encoder")):
+            print(f"warning: {path} was trained with another VAE or text tower than {base} has now, so its pictures are wrong; train it again, or put those weights back", file=sys.stderr)
         try:
             return cls(*modules, info, base if local == Path(path) else None).to(device, dtype)      # no model should lean on the hub's cache
         except UserError as error:
@@ -111,7 +115,7 @@ class InstaFlow:
         """Write the folder. VAE and text tower are written too where they came from no folder or self_contained is set;
         else instaflow.json points at theirs. A path that ends in .safetensors becomes one file in the ldm layout, which the
         usual programs read. dtype: of the weights on disk, None their own."""
-        path, info = Path(path), {k: v for k, v in self.info.items() if k != "base"}
+        path, info = Path(path), {k: v for k, v in self.info.items() if not k.startswith("base")}
         if path.suffix == ".safetensors":
             return weights.save_single_file(path, self.unet, self.vae, self.text, info, dtype)
         weights.save_module(self.unet, path / "unet", weights.UNET_FILE, dtype)
@@ -119,7 +123,7 @@ class InstaFlow:
             weights.save_module(self.vae, path / "vae", weights.VAE_FILE, dtype)
             weights.save_module(self.text, path / "text_encoder", weights.TEXT_FILE, dtype)
         else:
-            info["base"] = os.path.relpath(self.base, path)
+            info |= {"base": os.path.relpath(self.base, path), "base_weights": weights.checksum(self.base, "vae", "text_encoder")}
         training.write(path / "instaflow.json", (json.dumps(info, indent=2) + "\n").encode())
 
     def to(self, device, dtype=torch.float32):

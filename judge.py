@@ -142,7 +142,7 @@ class Judge(nn.Module):
         except FileNotFoundError as error:
             raise cli.UserError(f"{folder} holds no judge ({Path(error.filename or folder).name} is missing); "
                                 "make one with: python judge.py train") from None
-        except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        except (SafetensorError, OSError, ValueError, LookupError, TypeError, RuntimeError) as error:
             raise cli.UserError(f"{folder}: damaged judge ({error}); make it again with: python judge.py train") from None
         return judge.to(device, memory_format=torch.channels_last).requires_grad_(False).eval()
 
@@ -279,9 +279,9 @@ def main():
     parser = cli.Parser(__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("train", help="train a judge from nothing", doc="Train a judge from nothing.")
-    command.add_argument("--out", type=Path, required=True, help="folder of the judge; checkpoints and log in its training/")
+    command.add_argument("--out", type=cli.folder, required=True, help="folder of the judge; checkpoints and log in its training/")
     for name, value in TRAIN.items():
-        kind = float if isinstance(value, float) else cli.seed if name == "seed" else cli.positive
+        kind = cli.number(0) if isinstance(value, float) else cli.seed if name == "seed" else cli.positive
         command.add_argument(f"--{name.replace('_', '-')}", type=kind, default=value, help=f"default {value}")
     command.add_argument("--check", type=cli.positive, default=5_000, help="fresh scenes of each split to be measured on at the end; default 5000")
     command = commands.add_parser("check", help="measure a judge on fresh scenes", doc="Measure a judge on fresh scenes.")

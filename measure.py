@@ -33,7 +33,7 @@ def identity(model):
 
 def keep(path, wanted):
     """wanted {name: (what its number depends on, a function -> dict)} -> {name: dict}. Each is written to `path`, a JSON file, as
-    soon as it is measured, and measured again only where what it depends on has changed; what nobody wants any more goes at the end."""
+    soon as it is measured, and measured again only where what it depends on has changed."""
     kept, rows = weights.read_json(path) if path.exists() else {}, {}
     for name, (of, measure) in wanted.items():
         rows[name] = f"{name}, {of}"
@@ -41,7 +41,6 @@ def keep(path, wanted):
             print(f"measuring {name}", file=sys.stderr)
             kept[rows[name]] = {**measure(), "measured": f"{training.hardware()}, {time.strftime('%Y-%m-%d')}"}
             training.write(path, (json.dumps(kept, indent=1) + "\n").encode())
-    training.write(path, (json.dumps({key: kept[key] for key in rows.values()}, indent=1) + "\n").encode())
     return {name: kept[key] for name, key in rows.items()}
 
 

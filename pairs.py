@@ -1,6 +1,6 @@
 """(noise, prompt, latent) triplets: a model's own pairs X0, X1 = ODE[v](X0 | T), which reflow and distillation train on.
 
-    python pairs.py --model models/mini-sd --prompts captions.txt --steps 25 --guidance 2 --out pairs/sd
+    python pairs.py --model models/mini-sd --prompts captions.txt --steps 25 --guidance 1.5 --out pairs/sd
     torchrun --nproc-per-node 8 pairs.py --model ... (the same): any number of processes may begin, and any number go on
     python pairs.py verify  --pairs pairs/sd                        # every shard and every noise, read again
     python pairs.py preview --pairs pairs/sd --out preview.png      # some of them decoded, with their prompts
@@ -35,6 +35,7 @@ from instaflow import InstaFlow, grid, to_pil
 
 STREAM = 1                                                 # sampling and evaluation have stream 0
 PART = 512                                                 # pairs: an A100 makes 200,000 a day (the paper's cost), so some four minutes
+TENSORS = ("checksum", "index", "latent", "prompt", "prompt_end", "seed")
 SHARD = 2 ** 30                                            # bytes of latents, where --shard does not say otherwise
 
 
@@ -63,9 +64,11 @@ def open_shard(path):
     """Memory-mapped. Raises UserError where it is damaged."""
     try:
         shard = safe_open(path, "pt")
-        shard.metadata()["json"]
+        info, tensors = json.loads(shard.metadata()["json"]), set(shard.keys())
+        if tensors != set(TENSORS) or not {"number", "shard"} <= {key for key, value in info.items() if type(value) is int}:
+            raise ValueError("it holds something else")
         return shard
-    except (SafetensorError, OSError, KeyError, TypeError) as error:
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{path} is no whole shard ({error}); delete it and run the same pairs.py line again") from None
 
 
@@ -80,6 +83,8 @@ def generate(model, prompts, indices, args):
             text = model.text([prompts[i % len(prompts)] for i in batch] + [""])
             x1 = model.solve(noise.to(model.device), text[:-1], text[-1:], args.steps, args.guidance)
         latents.append(x1.half().cpu())
+        if not latents[-1].isfinite().all():
+            raise UserError(f"of the pairs {batch.start} to {batch.stop - 1} some latents are no finite numbers; give a guidance nearer to 1 than {args.guidance:g}")
     words = [prompts[i % len(prompts)].encode() for i in indices]
     return {"latent": torch.cat(latents), "seed": torch.full((len(indices),), args.seed), "index": torch.tensor(list(indices)),
             "checksum": torch.tensor(sums), "prompt": torch.frombuffer(bytearray(b"".join(words)), dtype=torch.uint8),
@@ -118,8 +123,10 @@ class PairDataset:
         missing = sorted(set(range(-(-count // size))) - set(numbers))
         if missing:
             raise self._missing(missing[0], f" ({len(missing)} shards in all)")
-        for number in numbers:
-            self._open(number)                             # a cut file shows now, not hours into a training
+        for number in numbers:                             # a cut file shows now, not hours into a training
+            shard = self._open(number)
+            if json.loads(shard.metadata()["json"]) != self.info or int(shard.get_slice("index")[0]) != number * size or number * size >= count:
+                raise UserError(f"{shard_path(folder, number)} is of other pairs than the shards beside it; delete it, or give each its own folder")
         self.ends = [min((k + 1) * size, count) for k in range(len(numbers))]
 
     def _missing(self, number, more=""):
@@ -150,7 +157,11 @@ class PairDataset:
         if checksum(noise) != int(shard.get_slice("checksum")[row]):
             raise UserError(f"{shard_path(self.folder, number)}: pair {i} was made from another noise than numpy {np.__version__} makes; make the pairs again, or install the numpy they were made with")
         start = int(shard.get_slice("prompt_end")[row - 1]) if row else 0
-        return {"noise": noise, "latent": latent, "prompt": bytes(shard.get_slice("prompt")[start:end].tolist()).decode()}
+        try:
+            prompt = bytes(shard.get_slice("prompt")[start:end].tolist()).decode()
+        except UnicodeDecodeError:
+            raise UserError(f"{shard_path(self.folder, number)}: a prompt is not UTF-8 text; delete it and run the same pairs.py line again") from None
+        return {"noise": noise, "latent": latent, "prompt": prompt}
 
     def batch(self, indices):
         """-> (noise [B, 4, h, w], latent [B, 4, h, w], prompts list[str])."""
@@ -183,7 +194,7 @@ def make(words):
     parser = cli.Parser(__doc__)
     parser.add_argument("--model", required=True, help="the model whose ODE is solved")
     parser.add_argument("--prompts", required=True, help="a text file, one prompt a line, or a .jsonl file")
-    parser.add_argument("--out", required=True, help="folder of shards; what is there is not made again")
+    parser.add_argument("--out", type=cli.folder, required=True, help="folder of shards; what is there is not made again")
     parser.add_argument("--number", type=cli.positive, help="pairs in all (default: one a prompt; more go round the file again)")
     parser.add_argument("--steps", type=cli.positive, help="of the sampler (the paper: 25; default: the model's own)")
     parser.add_argument("--guidance", type=cli.number(), help="the paper: 5.0 on Stable Diffusion's noise, 1.5 on the 2-rectified flow's velocity")
@@ -203,7 +214,7 @@ def make(words):
     args.guidance = model.info["guidance"] if args.guidance is None else args.guidance
     args.shard = args.shard or old.get("shard") or max(SHARD // (2 * int(np.prod(model.latent_shape()))) // PART, 1) * PART
     number = args.number or len(prompts)
-    info = {"model": args.model, "weights": weights.checksum(weights.locate(args.model)), "sampler": model.info["sampler"], "steps": args.steps, "guidance": args.guidance, "number": number,
+    info = {"model": os.path.normpath(args.model), "weights": weights.checksum(weights.locate(args.model)), "sampler": model.info["sampler"], "steps": args.steps, "guidance": args.guidance, "number": number,
             "shard": args.shard, "seed": args.seed, "prompts": prompts.crc}
     if first and old != info:
         changed = [k for k in info if old.get(k) != info[k]]
@@ -259,7 +270,7 @@ def verify(words):
     for k, end in enumerate(tqdm(data.ends, desc="shards", unit="shard", mininterval=1)):
         start = data.ends[k - 1] if k else 0
         try:
-            tensors = {key: data._open(k).get_tensor(key) for key in ("latent", "seed", "index", "prompt", "prompt_end")}
+            tensors = {key: data._open(k).get_tensor(key) for key in TENSORS}
             if tensors["index"].tolist() != list(range(start, end)) or set(tensors["seed"].tolist()) != {data.info["seed"]}:
                 raise UserError(f"{shard_path(args.pairs, k)} does not hold the pairs {start} to {end - 1} of seed {data.info['seed']}")
             latent = tensors["latent"]
@@ -270,8 +281,8 @@ def verify(words):
                 data[i]                                    # its noise against its checksum, its prompt as UTF-8
             for x in latent.split(PART):                   # in float64, a part at a time
                 total, squares, numbers = total + float(x.double().sum()), squares + float(x.double().square().sum()), numbers + x.numel()
-        except (UserError, UnicodeDecodeError) as error:
-            wrong.append(str(error) if isinstance(error, UserError) else f"{shard_path(args.pairs, k)}: a prompt is not UTF-8 text")
+        except UserError as error:
+            wrong.append(str(error))
     for line in wrong:
         tqdm.write(line)
     if wrong:

@@ -141,6 +141,7 @@ def read_captions(path, number=None):
                 row = {"caption": row} if isinstance(row, str) else row
                 name = row.get("file_name")
                 rows.append((Path(name).stem if name else None, next(row[key] for key in ("caption", "prompt", "text") if key in row).strip()))
+                rows[-1][1].encode()                       # JSON can spell half a character
             except (ValueError, AttributeError, TypeError, StopIteration):
                 raise UserError(f'{path}: line {i} is no JSON object with "caption", "prompt" or "text"') from None
     else:

@@ -299,6 +299,8 @@ def main():
         parser.error("nothing to do: give --captions N, --pictures N or --grid PNG")
     if args.captions and args.pictures:
         parser.error("--captions and --pictures write to one --out; ask for them one after the other")
+    if args.grid and args.grid.suffix.lower() != ".png":
+        parser.error(f"--grid {args.grid} is no .png file; give it that ending")
     args.out = args.out or Path("scenes" if args.pictures else "captions.txt")
     for path in filter(None, (args.captions and args.out, args.grid)):
         path.parent.mkdir(parents=True, exist_ok=True)

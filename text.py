@@ -83,7 +83,8 @@ def tokenize(prompts, length=77):
     for prompt in prompts:
         ids = bpe.encode(prompt)
         if len(ids) > length - 2:
-            _warn(f"warning: the prompt is {len(ids)} tokens long, and {length - 2} fit; cut off: \"{bpe.decode(ids[length - 2:]).strip()}\"")
+            cut = bpe.decode(ids[length - 2:]).strip()
+            _warn(f"warning: the prompt is {len(ids)} tokens long, and {length - 2} fit; cut off: \"{cut if len(cut) <= 400 else cut[:400] + '...'}\"")
         ids = [START] + ids[:length - 2]
         rows.append(ids + [END] * (length - len(ids)))
     return torch.tensor(rows, dtype=torch.long).reshape(len(rows), length)

@@ -23,7 +23,7 @@ def main():
     parser = cli.Parser(__doc__)
     parser.add_argument("--model", required=True, help="initialisation: the model that made the pairs")
     parser.add_argument("--pairs", required=True, help="folder written by pairs.py")
-    parser.add_argument("--out", required=True, help="folder of the new model; checkpoints and log in its training/")
+    parser.add_argument("--out", type=cli.folder, required=True, help="folder of the new model; checkpoints and log in its training/")
     parser.add_argument("--drop", type=cli.number(0, 1), default=0.1, help="share of prompts made NULL, so that guidance other than 1 stays calibrated")
     parser.add_argument("--density", choices=("uniform", "u-shaped"), default="uniform", help="of t; the paper: uniform; u-shaped: Lee et al. 2024")
     parser.add_argument("--huber", action="store_true", help="pseudo-Huber loss (Lee et al. 2024); the paper: the square")
@@ -31,6 +31,7 @@ def main():
     training.add_flags(parser)
     args = parser.parse_args()
 
+    cli.another(args.out, args.model)
     world = training.start(args.device, hours=1)
     data, model = PairDataset(args.pairs), InstaFlow.load(args.model, world.device)
     data.check(model, args.model)

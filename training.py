@@ -209,7 +209,7 @@ def recipe(args):
     decisive |= {"iterations"} if getattr(args, "cosine", True) else set()
     newer = dict(huber=False, exact=False, l2=0, steps=1)  # checkpoints older than these flags go on
     decisive |= {flag for flag, default in newer.items() if getattr(args, flag, default) != default}
-    return {k: v for k, v in vars(args).items() if k in decisive}
+    return {k: os.path.normpath(v) if k in ("model", "pairs") else v for k, v in vars(args).items() if k in decisive}
 
 
 # --- the optimiser's step ---

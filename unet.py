@@ -51,6 +51,8 @@ class UNetConfig:
         levels = [*zip(made.down_block_types, made.block_out_channels), *zip(made.up_block_types, reversed(made.block_out_channels)), ("CrossAttn", made.block_out_channels[-1])]
         if made.attention_head_dim < 1 or any(width % made.attention_head_dim for kind, width in levels if kind.startswith("CrossAttn")):
             raise ValueError(f"U-Net config: attention_head_dim, the number of heads, is {made.attention_head_dim}, which does not divide block_out_channels")
+        if type(made.sample_size) is not int or made.sample_size < 1:
+            raise ValueError(f"U-Net config: sample_size is {made.sample_size!r}; it must be one whole number, the latents' height and width")
         unknown = set(made.down_block_types + made.up_block_types) - {"CrossAttnDownBlock2D", "DownBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"}
         if unknown:
             raise ValueError(f"U-Net config: unknown block {sorted(unknown)[0]}")

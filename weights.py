@@ -165,14 +165,15 @@ def read_folder(folder, part, dtype=None):
     return tensors, path
 
 
-def checksum(path):
-    """CRC-32 of the file or files that hold a model's U-Net (the same folder may be trained again). Raises UserError."""
+def checksum(path, *parts):
+    """CRC-32 of the file or files that hold a model's U-Net, or `parts` of it (the same folder may be trained again). Raises UserError."""
     path, crc = Path(path), 0
-    file, shards = (path, None) if path.is_file() else weight_files(path / "unet", "unet")
-    for name in [file] if shards is None else [file.parent / name for name in sorted(set(shards.values()))]:
-        with open(name, "rb") as opened:
-            while block := opened.read(1 << 24):
-                crc = zlib.crc32(block, crc)
+    for part in parts or ["unet"]:
+        file, shards = (path, None) if path.is_file() else weight_files(path / part, part)
+        for name in [file] if shards is None else [file.parent / name for name in sorted(set(shards.values()))]:
+            with open(name, "rb") as opened:
+                while block := opened.read(1 << 24):
+                    crc = zlib.crc32(block, crc)
     return crc
 
 

@@ -226,10 +226,30 @@ def test_save_and_load_are_exact(flow, tmp_path):
     flow.save(tmp_path / "a" / "b", self_contained=True)
     again = InstaFlow.load(tmp_path / "a" / "b")
     assert_same(flow, again)
-    assert again.info == {k: v for k, v in flow.info.items() if k != "base"}
+    assert again.info == {k: v for k, v in flow.info.items() if not k.startswith("base")}
     assert torch.equal(flow.latents(PROMPTS, seed=2), again.latents(PROMPTS, seed=2))
     assert not any(p.requires_grad for m in (again.unet, again.vae, again.text) for p in m.parameters())
     assert not any(m.training for part in (again.unet, again.vae, again.text) for m in part.modules())
+
+
+def test_a_base_that_was_trained_again_is_told(tiny, tmp_path, capsys):
+    """What a student was trained with is no longer there: its pictures would be wrong, without a word."""
+    for name in ("teacher", "flow"):
+        shutil.copytree(tiny / name, tmp_path / name)
+    InstaFlow.load(tmp_path / "flow")
+    assert capsys.readouterr().err == ""
+    teacher = InstaFlow.load(tmp_path / "teacher")
+    next(teacher.text.parameters()).flatten()[0] += 1
+    teacher.save(tmp_path / "teacher")
+    InstaFlow.load(tmp_path / "flow")
+    err = capsys.readouterr().err
+    assert err.startswith(f"warning: {tmp_path / 'flow'} was trained with another VAE or text tower") and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("key, value", [("prediction", []), ("sampler", ["euler"]), ("sampler", {}), ("guidance", float("nan")), ("guidance", float("inf"))])
+def test_fields_of_other_kinds_are_refused(flow, key, value):
+    with pytest.raises(UserError, match=key):
+        InstaFlow(flow.unet, flow.vae, flow.text, {**flow.info, key: value})
 
 
 def test_info_survives(flow, tmp_path):

@@ -1,6 +1,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tracemalloc
@@ -207,6 +208,46 @@ def edit(path, change):
     save_file(tensors, path, {"format": "pt", "json": info})
 
 
+def test_shards_of_other_pairs_are_named(copy, command, tiny):
+    """One of another run, one under another's number, and one too many."""
+    original = shard(2, copy).read_bytes()
+    tensors, info = load_file(shard(2, copy)), json.loads(metadata(shard(2, copy)))
+    save_file(tensors, shard(2, copy), {"format": "pt", "json": json.dumps(info | {"guidance": 3.0})})
+    for change in (lambda: None, lambda: shard(2, copy).write_bytes(shard(3, copy).read_bytes())):
+        change()
+        assert one_line(command("distill.py", "--model", tiny / "flow", "--pairs", copy / "pairs", "--out", copy / "out", "--device", "cpu"), shard(2, copy), "of other pairs")
+    shard(2, copy).write_bytes(original)
+    shard(6, copy).write_bytes(original)
+    with pytest.raises(UserError, match="of other pairs"):
+        pairs.PairDataset(copy / "pairs")
+
+
+@pytest.mark.parametrize("change", [lambda tensors, info: tensors.pop("latent"), lambda tensors, info: info.pop("number"), lambda tensors, info: info.update(shard="8")])
+def test_a_file_that_is_no_shard_is_named(copy, change):
+    tensors, info = load_file(shard(0, copy)), json.loads(metadata(shard(0, copy)))
+    change(tensors, info)
+    save_file(tensors, shard(0, copy), {"format": "pt", "json": json.dumps(info)})
+    with pytest.raises(UserError, match="is no whole shard"):
+        pairs.PairDataset(copy / "pairs")
+
+
+def test_latents_that_are_no_numbers_are_not_kept(again, copy):
+    shutil.rmtree(copy / "pairs")
+    assert one_line(again("--guidance", 1e30), "no finite numbers", "guidance")
+    assert not list((copy / "pairs").glob("shard*"))
+
+
+def test_a_folder_is_its_name_however_it_is_written(again, copy, tiny):
+    assert again("--model", f"{tiny / 'teacher'}/")[0] == 0
+
+
+def test_training_over_its_own_model_is_refused(copy, command, tiny):
+    for script in ("train_reflow.py", "distill.py"):
+        for model in (tiny / "flow", f"{tiny / 'flow'}/"):
+            assert one_line(command(script, "--model", model, "--pairs", copy / "pairs", "--out", tiny / "flow", "--device", "cpu"), "--out", "--model itself")
+        assert one_line(command(script, "--model", tiny / "flow", "--pairs", copy / "pairs", "--out", "", "--device", "cpu"), "--out", "name is empty")
+
+
 @pytest.mark.parametrize("field", ["checksum", "index", "seed"])
 def test_a_wrong_checksum_is_named(copy, field):
     edit(shard(2, copy), lambda tensors: tensors[field].__setitem__(3, tensors[field][3] + 1))
@@ -370,7 +411,7 @@ def test_verify_says_what_is_there(command, made, copy):
 
 
 SPOILT = [("checksum", lambda t: t["checksum"].__setitem__(3, 5), "was made from another noise"), ("latent", lambda t: t["latent"].__setitem__((1, 0, 0, 0), float("nan")), "the latent of pair 17 is not finite"),
-          ("index", lambda t: t["index"].__setitem__(0, 15), "does not hold the pairs 16 to 23"), ("prompt", lambda t: t["prompt"].__setitem__(0, 255), "not UTF-8"),
+          ("index", lambda t: t["index"].__setitem__(1, 15), "does not hold the pairs 16 to 23"), ("prompt", lambda t: t["prompt"].__setitem__(0, 255), "not UTF-8"),
           ("rows", lambda t: t.update({k: v[:4] for k, v in t.items() if k != "prompt"}), "does not hold the pairs 16 to 23")]
 
 

