@@ -51,7 +51,7 @@ def test_one_step_of_instaflow_beats_one_step_of_its_teacher():
         pictures = torch.cat([model.decode(model.latents(captions[i:i + 50], steps=1, seed=5, first=i)) for i in range(0, 200, 50)])
         exact[name] = exact_match(judge, pictures, captions)["exact"]
         distance[name] = fid.frechet_distance(*fid.statistics(judge.embed(pictures).numpy()), *real)
-    assert exact["mini-instaflow"] > 0.12 and exact["mini-instaflow"] > 5 * exact["mini-sd"]
+    assert exact["mini-instaflow"] > 0.3 and exact["mini-instaflow"] > 5 * exact["mini-sd"]
     assert distance["mini-instaflow"] < 0.6 * distance["mini-sd"]
 
 

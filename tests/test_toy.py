@@ -193,7 +193,7 @@ def test_the_diffusion_is_exact_where_its_noise_predictor_is():
 # --- the command line ---
 
 def run(folder, *words):
-    return subprocess.run([sys.executable, ROOT / "toy.py", *words], cwd=folder, capture_output=True, text=True, timeout=100)
+    return subprocess.run([sys.executable, ROOT / "toy.py", *words], cwd=folder, capture_output=True, text=True, timeout=300)
 
 
 def test_one_command_prints_the_table_and_draws(tmp_path):
