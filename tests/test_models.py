@@ -55,6 +55,15 @@ def test_one_step_of_instaflow_beats_one_step_of_its_teacher():
     assert distance["mini-instaflow"] < 0.6 * distance["mini-sd"]
 
 
+@torch.no_grad()
+def test_a_picture_is_the_same_alone_and_in_a_batch():
+    """Within 1e-4 of [-1, 1]: at t = 0 a noise predictor's rounding is multiplied by 1 / a = 15 (a velocity's is within 1e-5: test_instaflow)."""
+    model, prompts = InstaFlow.load(MODELS / "mini-instaflow"), ["a red circle", "a small yellow star", "a blue ring above a pink cross", "a cyan heart"]
+    together = model.decode(model.latents(prompts, seed=3))
+    alone = torch.cat([model.decode(model.latents([prompt], seed=3, first=i)) for i, prompt in enumerate(prompts)])
+    assert (together - alone).abs().max() <= 1e-4
+
+
 def test_a_picture_takes_tens_of_milliseconds():
     """U-Net and decoder together: at most 60 ms on two CPU cores (the best of ten, since machines are busy)."""
     model = InstaFlow.load(MODELS / "mini-instaflow")
