@@ -325,10 +325,9 @@ def main():
     add("--out", type=Path, default=Path("toy.png"), help="the figure; default toy.png")
     add("--gif", type=Path, help="also write the moving picture")
     args = parser.parse_args()
-    if wrong := [path for path in (args.out, args.gif) if path and (path.is_dir() or not path.parent.is_dir())]:
-        parser.error(f"{wrong[0]} cannot be written; name a file in a folder that exists")
-    if args.out.suffix not in (".png", ".pdf", ".svg", ".jpg") or args.gif and args.gif.suffix != ".gif":
-        parser.error("--out must end in .png (or .pdf, .svg, .jpg), and --gif in .gif")
+    endings = {args.out: (".png", ".pdf", ".svg", ".jpg")} | ({args.gif: (".gif",)} if args.gif else {})
+    if wrong := [path for path, ends in endings.items() if path.is_dir() or not path.parent.is_dir() or path.suffix not in ends]:
+        parser.error(f"{wrong[0]} cannot be written; name a file in a folder that exists, ending in {' or '.join(endings[wrong[0]])}")
     torch.set_num_threads(1)                               # nets this small are slower on two
     started, results, shown = time.time(), {}, None
     for seed in range(args.seed, args.seed + args.seeds):
