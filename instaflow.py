@@ -20,6 +20,7 @@ from PIL import Image, ImageDraw, ImageFont
 import diffusion
 import fast
 import flows
+import hub
 import training
 import weights
 from cli import UserError
@@ -78,7 +79,7 @@ class InstaFlow:
         """A model folder, a single .safetensors or .ckpt file, or a hub name (owner/name). prediction ("velocity" | "epsilon") is
         needed only where neither instaflow.json nor model_index.json tells it: it is never guessed. dtype None keeps each
         tensor's own. Raises UserError (a ValueError) in one line that names the file and the mend."""
-        local = weights.locate(path, dtype)
+        local = hub.locate(path, dtype)
         info, where = told(local)
         if prediction and info.setdefault("prediction", prediction) != prediction:
             raise UserError(f"{where} says that the U-Net predicts {info['prediction']}, not {prediction}; leave out the prediction")

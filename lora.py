@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
+import hub
 import names
 import weights
 from cli import UserError
@@ -140,7 +141,7 @@ def _opened(model):
     """An InstaFlow, as it is or from where InstaFlow.load finds one, each tensor in its own dtype. (What it predicts matters not.)"""
     if isinstance(model, InstaFlow):
         return model
-    known = told(weights.locate(model))[0].get("prediction")
+    known = told(hub.locate(model))[0].get("prediction")
     return InstaFlow.load(model, dtype=None, prediction=None if known else "epsilon")
 
 

@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 import cli
 import flows
+import hub
 import training
 import weights
 from cli import UserError
@@ -186,7 +187,7 @@ class PairDataset:
         if shape != model.latent_shape():
             raise UserError(f"{self.folder} holds latents of shape {list(shape)}, but the model's are {list(model.latent_shape())}; make pairs with this model's teacher")
         made_by, trained_on = self.info.get("weights"), (model.info.get("pairs") or {}).get("weights")
-        if path and made_by not in (None, weights.checksum(weights.locate(path))) and not (seen and trained_on == made_by):
+        if path and made_by not in (None, weights.checksum(hub.locate(path))) and not (seen and trained_on == made_by):
             raise UserError(f"{self.folder} was made by {self.info['model']} as its weights were then, and --model {path} has others; give the model that made the pairs, or make pairs with this one")
 
 
@@ -214,7 +215,7 @@ def make(words):
     args.guidance = model.info["guidance"] if args.guidance is None else args.guidance
     args.shard = args.shard or old.get("shard") or max(SHARD // (2 * int(np.prod(model.latent_shape()))) // PART, 1) * PART
     number = args.number or len(prompts)
-    info = {"model": os.path.normpath(args.model), "weights": weights.checksum(weights.locate(args.model)), "sampler": model.info["sampler"], "steps": args.steps, "guidance": args.guidance, "number": number,
+    info = {"model": os.path.normpath(args.model), "weights": weights.checksum(hub.locate(args.model)), "sampler": model.info["sampler"], "steps": args.steps, "guidance": args.guidance, "number": number,
             "shard": args.shard, "seed": args.seed, "prompts": prompts.crc}
     if first and old != info:
         changed = [k for k in info if old.get(k) != info[k]]

@@ -35,8 +35,8 @@ import checkpoint
 import cli
 import fast
 import flows
+import hub
 import lora
-import weights
 from cli import UserError
 from instaflow import InstaFlow, grid, to_pil
 
@@ -147,7 +147,7 @@ def load(path, args, steps):
         print(f"WARNING: RANDOM WEIGHTS OF THE SIZE {args.random_weights}: EVERY PICTURE IS NOISE. This only shows that it runs.", file=sys.stderr)
         model = InstaFlow.random(args.random_weights)
     else:                                                  # with --low-memory the weights stay in their file for now
-        model = InstaFlow.load(weights.locate(path, args.dtype), "cpu", None if args.low_memory else args.dtype, args.prediction)
+        model = InstaFlow.load(hub.locate(path, args.dtype), "cpu", None if args.low_memory else args.dtype, args.prediction)
     if not args.low_memory:
         model.to(args.device, args.dtype)
     for file, scale in args.lora:

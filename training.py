@@ -116,9 +116,10 @@ def prepare(unet, args, world):
     like = functools.partial(torch.zeros, device=world.device)
     net = distributed(unet.train(), world, like(1, unet.config.in_channels, 8, 8), like(1), like(1, 1, unet.config.cross_attention_dim))
     if args.compile:                                       # block by block: each compiles fast, and DDP sends one's gradients while the next computes
+        torch._dynamo.config.recompile_limit = 64          # blocks of one class share it
         for name, module in unet.named_modules():
             if re.fullmatch(r"((first|second)\.)?(down_blocks\.\d+|mid_block|up_blocks\.\d+)", name):
-                module.compile()
+                module.compile(dynamic=False)              # blocks differ in size, which else is taken for a size that changes
     return ema, optimizer, net
 
 

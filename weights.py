@@ -3,7 +3,6 @@
     folders       the diffusers layout: unet/, vae/, text_encoder/, each config.json and weights, as .safetensors or .bin, whole or
                   in shards with an index, with or without `.fp16.` in the name
     single files  the ldm layout, as .safetensors or .ckpt, with or without EMA
-    hub names     owner/name, a folder that huggingface_hub fetches, or has in its cache
 
 Every key is used, every shape is equal and every dtype is floating point, or it is a UserError that names the file and the
 key. A pickle that could run code is never loaded. Files are memory-mapped, and weights that are in the asked dtype stay
@@ -314,39 +313,3 @@ def save_single_file(path, unet, vae, text, info, dtype=None):
     tensors |= {names.LDM["text_encoder"] + key: value for key, value in text_to_transformers(text.state_dict()).items()}
     told = {"info": info, "unet": unet.config.to_dict(), "vae": vae.config.to_dict(), "text_encoder": text.config.to_dict()}
     training.write_tensors(path, tensors, {"instaflow": json.dumps(told)}, dtype)
-
-
-# --- the hub ---
-
-def needed(listed, dtype=None):
-    """Which of a hub repository's files a model needs: configs, and of each part's weights one spelling."""
-    files = [name for name in ("model_index.json", "instaflow.json", "scheduler/scheduler_config.json") if name in listed]
-    for part in PARTS:
-        inside = {name.removeprefix(part + "/") for name in listed if name.startswith(part + "/")}
-        chosen = weight_file(inside, part, dtype)
-        if chosen is None or "config.json" not in inside:
-            raise UserError(f"no {part}/ with config.json and weights in it; name a repository in the diffusers layout, or download its single file and name that")
-        shards = []
-        if chosen.endswith(".json"):                       # which shards they are stands in the index: their names tell too
-            stem, suffix, half = chosen.split(".")[0], ".bin" if ".bin" in chosen else ".safetensors", ".fp16" in chosen
-            shards = [name for name in inside if re.fullmatch(re.escape(stem) + r"(\.fp16)?-\d+-of-\d+(\.fp16)?" + re.escape(suffix), name) and (".fp16" in name) == half]
-        files += [f"{part}/{name}" for name in ("config.json", chosen, *sorted(shards))]
-    return files
-
-
-def locate(path, dtype=None):
-    """A local path as it is; a hub name (owner/name) as its folder in huggingface_hub's cache, fetched where need be. Off-line the
-    cache serves. Raises UserError."""
-    name = str(path)
-    if Path(path).exists() or not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) or Path(path).suffix in (*PICKLES, ".safetensors"):
-        return Path(path)
-    from huggingface_hub import HfApi, snapshot_download   # here: it takes a second
-    try:
-        listed = [file.rfilename for file in HfApi().model_info(name).siblings]              # (list_repo_files waits half a minute for a lost connection)
-        return Path(snapshot_download(name, allow_patterns=needed(listed, dtype)))
-    except Exception as error:                             # its own errors, httpx's or requests', OSError ...
-        reason = (" ".join(str(error).split()) or type(error).__name__)[:200]
-    try:
-        return Path(snapshot_download(name, allow_patterns=["unet/config.json"], local_files_only=True))
-    except Exception:
-        raise UserError(f"{name}: no such folder or file here, and as a hub name it cannot be fetched ({reason}); check name and connection; a gated model wants `hf auth login`") from None

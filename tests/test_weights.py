@@ -20,6 +20,7 @@ import names
 import weights
 from cli import UserError
 from conftest import relative_error
+from hub import locate, needed
 from instaflow import InstaFlow
 from unet import StackedUNet
 
@@ -556,7 +557,7 @@ def hub(tmp_path, monkeypatch):
         for key, value in {"ENDPOINT": url, "HUGGINGFACE_CO_URL_TEMPLATE": url + "/{repo_id}/resolve/{revision}/{filename}", "HF_HUB_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": not online, "HF_HUB_DISABLE_XET": True}.items():
             monkeypatch.setattr(constants, key, value)
         try:
-            return str(weights.locate(name, dtype))
+            return str(locate(name, dtype))
         except UserError as error:
             return f"one line: {error}"
     yield ask
@@ -582,7 +583,7 @@ def test_a_hub_name_is_fetched_once_and_only_what_is_needed(hub, peers, model, t
 
 
 def test_a_model_of_the_hub_leans_on_no_cache(peers, monkeypatch, tmp_path):
-    monkeypatch.setattr(weights, "locate", lambda path, dtype=None: peers.path)
+    monkeypatch.setattr("hub.locate", lambda path, dtype=None: peers.path)
     model = InstaFlow.load("some/model")
     model.save(tmp_path / "mine")
     assert (tmp_path / "mine" / "vae").is_dir() and "base" not in json.loads((tmp_path / "mine" / "instaflow.json").read_text())
@@ -601,5 +602,5 @@ def test_which_files_of_a_repository_are_needed():
               "unet/diffusion_pytorch_model.safetensors.index.fp16.json", "unet/diffusion_pytorch_model-00001-of-00001.fp16.safetensors", "vae/config.json", "vae/diffusion_pytorch_model.bin",
               "text_encoder/config.json", "text_encoder/pytorch_model.bin", "text_encoder/model.fp16.safetensors", "model_index.json", "feature_extractor/preprocessor_config.json", "scheduler/scheduler_config.json"]
     rest = ["vae/config.json", "vae/diffusion_pytorch_model.bin", "text_encoder/config.json", "text_encoder/model.fp16.safetensors"]
-    assert weights.needed(listed) == ["model_index.json", "scheduler/scheduler_config.json", *[listed[i] for i in (0, 1, 2, 3)], *rest]
-    assert weights.needed(listed, torch.float16) == ["model_index.json", "scheduler/scheduler_config.json", *[listed[i] for i in (0, 4, 5)], *rest]
+    assert needed(listed) == ["model_index.json", "scheduler/scheduler_config.json", *[listed[i] for i in (0, 1, 2, 3)], *rest]
+    assert needed(listed, torch.float16) == ["model_index.json", "scheduler/scheduler_config.json", *[listed[i] for i in (0, 4, 5)], *rest]
