@@ -161,7 +161,7 @@ def resume(args, settings, world):
     """Check that --out holds these settings' pictures, or none, and write fid.json. Raises UserError."""
     note = args.out / "fid.json"
     if note.exists():
-        old = weights.read_json(note)
+        old = weights.read_json(note, "delete that folder, and its pictures are drawn again")
         changed = [key for key in settings if old.get(key) != settings[key]]
         if changed:
             raise UserError(f"--out {args.out} holds pictures made otherwise ({', '.join(changed)} differ); give the same settings, or another --out")
@@ -339,7 +339,8 @@ def report(args, ours, real, score):
         save_statistics(args.save, *ours)
         print(f"{args.save}: {ours[2]} pictures of {drawn}")
     if real:
-        how = f"{args.features} features" + f", at {args.size} px" * bool(args.size) + f", {args.protocol}" * bool(args.protocol) + ", matched" * args.matched
+        kept = not args.model and args.pictures.endswith(".npz") and args.reference.endswith(".npz")               # no network was asked for
+        how = (f"{len(real[0])} features" if kept else f"{args.features} features") + f", at {args.size} px" * bool(args.size) + f", {args.protocol}" * bool(args.protocol) + ", matched" * args.matched
         first, second = (f"{n} of {name}" if n else name for n, name in ((ours[2], drawn), (real[2], args.reference)))
         print(f"FID {frechet_distance(*ours[:2], *real[:2]):.4f}: {first} against {second} ({how})")
     if score is not None:

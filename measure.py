@@ -34,7 +34,7 @@ def identity(model):
 def keep(path, wanted):
     """wanted {name: (what its number depends on, a function -> dict)} -> {name: dict}. Each is written to `path`, a JSON file, as
     soon as it is measured, and measured again only where what it depends on has changed."""
-    kept, rows = weights.read_json(path) if path.exists() else {}, {}
+    kept, rows = weights.read_json(path, "delete it, and all is measured again") if path.exists() else {}, {}
     for name, (of, measure) in wanted.items():
         rows[name] = f"{name}, {of}"
         if rows[name] not in kept:

@@ -125,11 +125,13 @@ def picture(path, noise, factor):
     """The picture at `path`, scaled and centre-cropped to the size that noise [B, 4, h, w] makes -> [1, 3, H, W] in [-1, 1]."""
     try:
         with Image.open(path) as image:
-            image = ImageOps.exif_transpose(image).convert("RGB")
+            deep, image = image.mode[0] in "IF", ImageOps.exif_transpose(image).convert("RGB")
     except FileNotFoundError:
         raise UserError(f"--image {path}: no such file") from None
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise UserError(f"--image {path} is no picture that Pillow reads ({error})") from None
+    if deep:
+        raise UserError(f"--image {path} has more than 8 bits a pixel; convert it to 8 bits")
     image = ImageOps.fit(image, (noise.shape[3] * factor, noise.shape[2] * factor), Image.Resampling.LANCZOS)
     return torch.from_numpy(np.array(image, dtype=np.float32)).permute(2, 0, 1)[None] / 127.5 - 1
 
@@ -166,8 +168,8 @@ def load(path, args, steps):
 def write_png(image, path, args, **facts):
     """With what it was made from in its metadata."""
     info = PngInfo()
-    facts |= {"lora": args.lora} if args.lora else {}
-    facts |= {"image": args.image, "strength": args.strength} if args.image else {}
+    asked = {key: getattr(args, key) for key in ("guidance", "negative", "lora", "image") if getattr(args, key)} | ({"strength": args.strength} if args.image else {})
+    facts = asked | facts
     for key, value in facts.items():
         info.add_itxt(key, str(value).encode("utf-8", "replace").decode())
     file = io.BytesIO()

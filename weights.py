@@ -44,16 +44,16 @@ _OTHERS = {"conditioner.embedders.": "a Stable Diffusion XL file", "cond_stage_m
 
 # --- files ---
 
-def read_json(path):
-    """A JSON file as a dict. Raises UserError."""
+def read_json(path, mend="download or train the model again"):
+    """A JSON file as a dict. Raises UserError, which says how to mend it."""
     try:
         value = json.loads(Path(path).read_text())
     except FileNotFoundError:
-        raise UserError(f"{path} is missing; download or train the model again") from None
+        raise UserError(f"{path} is missing; {mend}") from None
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not JSON ({error}); download or train the model again") from None
+        raise UserError(f"{path} is not JSON ({error}); {mend}") from None
     if not isinstance(value, dict):
-        raise UserError(f"{path} holds no JSON object; download or train the model again")
+        raise UserError(f"{path} holds no JSON object; {mend}")
     return value
 
 

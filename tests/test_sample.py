@@ -118,6 +118,8 @@ def test_compare_shows_each_model_from_the_same_noise(draw, tiny, tmp_path):
     assert (status, err) == (0, "") and [p.name for p in tmp_path.iterdir()] == ["x.png"]
     sheet = Image.open(tmp_path / "x.png").convert("RGB")
     assert facts(tmp_path / "x.png") == {"prompt": "['a', 'b']", "seed": "3", "compare": ",".join(items)}
+    draw("a", "--compare", items[0], "--guidance", 2, "--negative", "b", "--out", tmp_path / "x.png")
+    assert facts(tmp_path / "x.png") == {"prompt": "['a']", "seed": "0", "compare": items[0], "guidance": "2.0", "negative": "b"}
     for row, (name, steps) in enumerate((("teacher", 3), ("flow", 2), ("flow", 1))):
         model = InstaFlow.load(tiny / name)
         for column, image in enumerate(model.generate(["a", "b"], steps=steps, seed=3)):
@@ -215,6 +217,8 @@ def test_pictures_that_are_none(draw, photo, tmp_path):
     for name, words in (("none.png", "no such file"), ("words.png", "no picture that Pillow reads"), ("cut.png", "no picture that Pillow reads"), ("", "no picture that Pillow reads")):
         assert one_line(draw("a", "--image", tmp_path / name, "--out", tmp_path / "x.png"), "--image", tmp_path / name, words)
     assert one_line(draw("a", "--image", photo, "--interpolate", 1, 2), "--image starts from a picture")
+    Image.fromarray(np.full((8, 8), 40_000, np.uint16)).save(tmp_path / "deep.png")
+    assert one_line(draw("a", "--image", tmp_path / "deep.png"), tmp_path / "deep.png", "convert it to 8 bits")
     assert one_line(draw("a", "--image", photo, "--strength", 1.5), "--strength")
 
 
