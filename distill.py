@@ -8,8 +8,8 @@
 
 First L2 between latents, then LPIPS between decoded images, as in the paper. With Stable Diffusion itself as --model,
 and its pairs, this is the baseline: direct distillation. InstaFlow-1.7B is --stacked: both halves start as the 2-rectified
-flow; its LPIPS stage takes the stacked L2 student, which stays stacked. --steps 4 is not the paper's: a student that two and
-four steps serve too. Run the same line again and it goes on where it was.
+flow; its LPIPS stage takes the stacked L2 student, which stays stacked. --steps 4 is not the paper's: a student that is good in
+two and four steps too. Run the same line again and it goes on where it was.
 """
 import torch
 import torch.nn.functional as F
@@ -44,7 +44,7 @@ def main():
     parser.add_argument("--vgg", help="for lpips: VGG16's weights (torchvision's file), or the judge's")
     parser.add_argument("--linear", help="for lpips: the lpips package's weights of layers (default: all channels alike)")
     parser.add_argument("--lpips-size", type=cli.seed, default=224, help="pixels a side that LPIPS sees; 0 leaves images as they are")
-    parser.add_argument("--l2", type=cli.number(0), default=0.0, help="for lpips: how much of L2 between latents is added, which LPIPS alone lets brightness drift from; the paper: none")
+    parser.add_argument("--l2", type=cli.number(0), default=0.0, help="for lpips: weight of an added L2 between latents, since LPIPS alone lets brightness drift; the paper: none")
     parser.add_argument("--steps", type=cli.positive, default=1, help="N: learn to reach the end from every t = 0, 1/N, ... on the pair's line, so that up to N Euler steps help; the paper: 1, from t = 0 alone")
     parser.add_argument("--stacked", action="store_true", help="the student is two U-Nets in series (InstaFlow-1.7B); a stacked --model stays so")
     parser.add_argument("--exact", action="store_true", help="stay a noise predictor, read as the velocity that it equals, as train_reflow.py --exact")

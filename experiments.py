@@ -135,9 +135,8 @@ def steps(args):
 @torch.no_grad()
 def draw(model, prompts, x0, number):
     """One picture a prompt, from noise x0 [B, 4, h, w] in `number` steps -> list of PIL images."""
-    with training.autocast(model.device):
-        text = model.text([*prompts, ""])
-        return to_pil(model.decode(model.solve(x0, text[:-1], text[-1:], number)))
+    text = model.text([*prompts, ""])
+    return to_pil(model.decode(model.solve(x0, text[:-1], text[-1:], number)))
 
 
 def label(name, number):

@@ -1,4 +1,4 @@
-"""What a device wants of modules that are to compute fast there, the same numbers coming out: place, layout, packed weights, graphs.
+"""Memory layout, packed weights and compilation: the same numbers, sooner.
 
 For sampling alone: gradients are switched off, and after `pack` and `compiled` a module is no longer one to be saved or trained.
 """

@@ -55,7 +55,7 @@ def statistics(features):
 
 def frechet_distance(mu1, sigma1, mu2, sigma2):
     """|mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^1/2) -> float (Heusel et al. 2017, equation 6). With S1 = W W^T, S1 S2 has the
-    eigenvalues of the symmetric W^T S2 W: real, and none for what S1 lacks in rank. Raises ValueError on other shapes, NaN, infinity."""
+    eigenvalues of the symmetric W^T S2 W: real, and as many as S1 has rank. Raises ValueError on other shapes, NaN, infinity."""
     mu1, sigma1, mu2, sigma2 = (np.asarray(x, dtype=np.float64) for x in (mu1, sigma1, mu2, sigma2))
     if mu1.ndim != 1 or mu1.shape != mu2.shape or {sigma1.shape, sigma2.shape} != {mu1.shape * 2}:
         raise ValueError(f"mu and sigma are of shapes {mu1.shape}, {sigma1.shape} and {mu2.shape}, {sigma2.shape}; [D], [D, D] twice is needed")

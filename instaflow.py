@@ -1,4 +1,4 @@
-"""InstaFlow, the model a person holds: text -> noise -> velocity -> image.
+"""InstaFlow, the model that you use: text -> noise -> velocity -> image.
 
     model = InstaFlow.load("models/mini-instaflow")
     model.generate(["a red circle left of a blue square"])[0].save("out.png")
@@ -191,7 +191,7 @@ class InstaFlow:
     def solve_from(self, start, x0, latents, context, null, steps=None, guidance=None):
         """Picture to picture: from the flow's middle, (1 - start) noise + start latents, on to its end -> latents [B, 4, h, w].
         start in [0, 1] is the flow time: 0 forgets the picture, 1 keeps it. Euler's (or Heun's) steps, as many of `steps` as fall
-        between start and 1. A noise predictor is followed as the velocity that it is equal to, guidance too: it is linear."""
+        between start and 1. A noise predictor is read as its velocity, and guidance, which is linear, carries over."""
         steps = max(1, round((1 - start) * (self.info["steps"] if steps is None else steps)))
         alpha = self.info["guidance"] if guidance is None else guidance
         v = flows.guided(self.velocity, context, null, alpha)

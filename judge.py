@@ -1,6 +1,6 @@
 """The miniature's judge: reads a scene back from a picture, so that "does the picture show its caption?" is counted.
 
-    python judge.py train --out models/mini-judge                   # under half an hour of one CPU core
+    python judge.py train --out models/mini-judge                   # some forty minutes of one CPU core
     python judge.py check --model models/mini-judge --n 5000        # its own error, on fresh scenes
 
 The trunk is VGG16 with few channels, under VGG16's key names: LPIPS is built on it, and its averages are the

@@ -73,8 +73,8 @@ def open_shard(path):
         raise UserError(f"{path} is no whole shard ({error}); delete it and run the same pairs.py line again") from None
 
 
-def generate(model, prompts, indices, args):
-    """The pairs `indices` (a range) -> one shard's tensors."""
+def generate(model, prompts, indices, args, made=lambda n: None):
+    """The pairs `indices` (a range) -> one shard's tensors. made: is told of every batch's size."""
     shape, latents, sums = model.latent_shape(), [], []
     for start in range(0, len(indices), args.batch):
         batch = indices[start:start + args.batch]
@@ -86,6 +86,7 @@ def generate(model, prompts, indices, args):
         latents.append(x1.half().cpu())
         if not latents[-1].isfinite().all():
             raise UserError(f"of the pairs {batch.start} to {batch.stop - 1} some latents are no finite numbers; give a guidance nearer to 1 than {args.guidance:g}")
+        made(len(batch))
     words = [prompts[i % len(prompts)].encode() for i in indices]
     return {"latent": torch.cat(latents), "seed": torch.full((len(indices),), args.seed), "index": torch.tensor(list(indices)),
             "checksum": torch.tensor(sums), "prompt": torch.frombuffer(bytearray(b"".join(words)), dtype=torch.uint8),
@@ -249,9 +250,8 @@ def make(words):
     bar = tqdm(total=number, initial=number - count, desc="pairs", unit="pair", disable=world.rank > 0, mininterval=1)
     for k, j in todo[world.rank::world.size]:
         rows = shards[k][j]
-        training.write_tensors(part_path(args.out, k, j, len(shards[k])), generate(model, prompts, rows, args), {"json": json.dumps(info)})
+        training.write_tensors(part_path(args.out, k, j, len(shards[k])), generate(model, prompts, rows, args, lambda n: bar.update(min(n * world.size, number - bar.n))), {"json": json.dumps(info)})
         put_together()
-        bar.update(len(rows) * world.size)
     training.barrier()                                     # now every part is there
     put_together()
     training.barrier()
@@ -262,12 +262,27 @@ def make(words):
     training.finish()
 
 
+def refuse(wrong, folder, of):
+    """Print what is wrong, a line a shard, and raise UserError where anything is."""
+    for line in wrong:
+        tqdm.write(line)
+    if wrong:
+        raise UserError(f"{folder}: {len(wrong)} of {of} shards are wrong; delete them and run the same pairs.py line again")
+
+
 def verify(words):
     """Read every pair again and make every noise again; exit status 2 and a line for each shard that is not as it should be."""
     parser = cli.Parser(verify.__doc__, prog="pairs.py verify")
     parser.add_argument("--pairs", required=True, help="folder written by pairs.py")
     args = parser.parse_args(words)
-    data, wrong, total, squares, numbers = PairDataset(args.pairs), [], 0.0, 0.0, 0
+    wrong, files = [], sorted(Path(args.pairs).glob("shard-*.safetensors"))
+    for path in files:                                     # those that were cut: a PairDataset would name the first alone
+        try:
+            open_shard(path)
+        except UserError as error:
+            wrong.append(str(error))
+    refuse(wrong, args.pairs, len(files))
+    data, total, squares, numbers = PairDataset(args.pairs), 0.0, 0.0, 0
     for k, end in enumerate(tqdm(data.ends, desc="shards", unit="shard", mininterval=1)):
         start = data.ends[k - 1] if k else 0
         try:
@@ -284,10 +299,7 @@ def verify(words):
                 total, squares, numbers = total + float(x.double().sum()), squares + float(x.double().square().sum()), numbers + x.numel()
         except UserError as error:
             wrong.append(str(error))
-    for line in wrong:
-        tqdm.write(line)
-    if wrong:
-        raise UserError(f"{args.pairs}: {len(wrong)} of {len(data.ends)} shards are wrong; delete them and run the same pairs.py line again")
+    refuse(wrong, args.pairs, len(data.ends))
     mean = total / numbers
     print(f"{args.pairs}: {len(data)} pairs in {len(data.ends)} shards, all as they should be; latents {list(latent.shape[1:])}, mean {mean:.3f}, "
           f"deviation {(squares / numbers - mean * mean) ** 0.5:.3f}; by {data.info['model']}, {data.info['steps']} {data.info['sampler']} steps, guidance {data.info['guidance']}")

@@ -210,7 +210,7 @@ def arguments():
     add("--random-weights", choices=("sd15", "stacked"), help="no model at all: random weights of that size, to see whether it runs. Pictures are noise")
     add("--lora", type=lora_and_scale, action="append", default=[], metavar="FILE[:SCALE]", help="a LoRA to merge in; may be given several times")
     add("--image", type=Path, metavar="FILE", help="start from this picture in the flow's middle, not from noise")
-    add("--strength", type=cli.number(0, 1), default=0.6, help="with --image: how much of the way is gone anew; 1 forgets the picture")
+    add("--strength", type=cli.number(0, 1), default=0.6, help="with --image: share of the path that is drawn anew; 1 forgets the picture")
     add("--device", type=cli.device, default="cuda" if torch.cuda.is_available() else "cpu")
     add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     add("--height", type=cli.positive, help="in pixels (default: what the model was trained on)")
@@ -234,6 +234,8 @@ def arguments():
         parser.error('no prompt; say what to draw, as in: sample.py "a red circle left of a blue square"')
     if args.compare and args.interpolate:
         parser.error("--compare and --interpolate are two different pictures; ask for one of them")
+    if args.compare and (args.model is not None or args.steps):
+        print("warning: --model and --steps do nothing here: --compare MODEL:STEPS,... names both", file=sys.stderr)
     if args.random_weights and (args.model is not None or args.compare):
         parser.error("--random-weights stands in place of a model; leave out --model and --compare")
     if args.image and args.interpolate:

@@ -1,4 +1,4 @@
-"""Rectified flow you can see: InstaFlow's sections 2 and 3 on points in the plane, in under a minute of a laptop.
+"""Rectified flow you can see: InstaFlow's sections 2 and 3 on points in the plane, in about a minute of a laptop.
 
     python toy.py                                   # noise -> two moons: 1-, 2-, 3-rectified flow, each distilled
     python toy.py --data 8gaussians --gif toy.gif   # the particles flowing

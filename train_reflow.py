@@ -6,8 +6,8 @@
     torchrun --nnodes 4 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 train_reflow.py ...
 
 The defaults are the paper's. The teacher's U-Net is the initialisation as it is, also where it predicts noise: it is
-fine-tuned to give the velocity. With --exact it goes on predicting noise, and what is trained is the velocity that this
-equals, which the teacher has from the first step on. Run the same line again and it goes on where it was.
+fine-tuned to give the velocity. With --exact it goes on predicting noise and is read as a velocity: training
+starts at the teacher's flow. Run the same line again and it goes on where it was.
 """
 import numpy as np
 import torch

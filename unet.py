@@ -132,7 +132,7 @@ class GEGLU(nn.Module):
 class FeedForward(nn.Module):
     def __init__(self, width):
         super().__init__()
-        self.net = nn.ModuleList([GEGLU(width, 4 * width), nn.Identity(), nn.Linear(4 * width, width)])   # 1 is the peer's dropout
+        self.net = nn.ModuleList([GEGLU(width, 4 * width), nn.Identity(), nn.Linear(4 * width, width)])   # 1 is diffusers' dropout
 
     def forward(self, x):
         return self.net[2](self.net[0](x))

@@ -48,7 +48,7 @@ class VAEConfig:
 
 
 def silu(x):
-    """Of a norm's output, which nobody else wants: in place, since on a CPU fresh memory costs more than the arithmetic. Where there
+    """Of a norm's output, in place: nothing else reads it, and on a CPU fresh memory costs more than the arithmetic. Where there
     will be gradients autograd would keep a copy, so there it is not."""
     return F.silu(x, inplace=not torch.is_grad_enabled())
 

@@ -423,6 +423,14 @@ def test_verify_names_what_is_wrong(command, copy, change, said):
     status, out, err = command("pairs.py", "verify", "--pairs", copy / "pairs")
     assert status == 2 and said in out and len(out.strip().splitlines()) == 2 and "shard-00004" in out
     assert f"{copy / 'pairs'}: 2 of 6 shards are wrong; delete them" in err and "Traceback" not in err
+    for k in (1, 3):
+        os.truncate(shard(k, copy), 500)
+    status, out, err = command("pairs.py", "verify", "--pairs", copy / "pairs")
+    assert status == 2 and [f"shard-{k:05d}" in line and "no whole shard" in line for k, line in zip((1, 3), out.strip().splitlines())] == [True] * 2
+    assert f"{copy / 'pairs'}: 2 of 6 shards are wrong" in err
+
+
+def test_verify_names_what_is_missing(command, copy):
     shard(5, copy).unlink()
     assert one_line(command("pairs.py", "verify", "--pairs", copy / "pairs"), shard(5, copy), "is missing")
 

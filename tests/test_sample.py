@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 @pytest.fixture
 def draw(command, tiny):
     """sample.py's command line with the tiny flow, one step, on the CPU; later flags win."""
-    return lambda *words: command("sample.py", "--model", tiny / "flow", "--device", "cpu", "--steps", 1, *words)
+    return lambda *words: command("sample.py", *(() if "--compare" in words else ("--model", tiny / "flow", "--steps", 1)), "--device", "cpu", *words)
 
 
 @pytest.fixture(scope="module")
