@@ -268,7 +268,7 @@ def grid(rows, labels=None, columns=None, side=192):
         for j, image in enumerate(row):
             sheet.paste(image.resize((side, high), Image.Resampling.LANCZOS), (left + j * (side + 6), top + i * (high + 6)))
         if labels:
-            write.multiline_text((8, top + i * (high + 6) + high // 2), textwrap.fill(labels[i], 17), "black", font, anchor="lm")
+            write.multiline_text((8, top + i * (high + 6) + high // 2), "\n".join(textwrap.fill(line, 17) for line in labels[i].splitlines()), "black", font, anchor="lm")
     for j, column in enumerate(columns or []):
         lines = textwrap.wrap(column, side // 8)
         write.multiline_text((left + j * (side + 6) + side // 2, top - 6), "\n".join(lines[:4]), "black", font, anchor="md", align="center")
