@@ -291,8 +291,7 @@ def arguments():
         parser.error(f"--save {args.save}: statistics are written as .npz; name a .npz file")
     if args.save:
         cli.writable(args.save)
-    number, side = PROTOCOLS.get(args.protocol, (None, None))
-    args.number, args.size = args.number or number, args.size or side
+    args.number, args.size = (given or usual for given, usual in zip((args.number, args.size), PROTOCOLS.get(args.protocol, (None, None))))
     return args
 
 

@@ -152,7 +152,7 @@ class InstaFlow:
         eps = lambda z, index: net(z, index, context)
         if x.device.type == "cpu" and not (torch.is_grad_enabled() or t.any()):
             # One by one: at t = 0 rounding is multiplied by 1 / a = 15, and a CPU's differs between a batch and one alone.
-            eps = lambda z, index: torch.cat([net(*one) for one in zip(z.split(1), index.split(1), context.split(1))])
+            eps = lambda z, index: torch.cat([net(*one) for one in zip(z.split(1), index.expand(len(z)).split(1), context.split(1), strict=True)])
         return diffusion.velocity_from_eps(eps, self.schedule)(x, t)
 
     def latent_shape(self, height=None, width=None):

@@ -73,7 +73,7 @@ def open_shard(path):
         raise UserError(f"{path} is no whole shard ({error}); delete it and run the same pairs.py line again") from None
 
 
-def generate(model, prompts, indices, args, made=lambda n: None):
+def generate(model, prompts, indices, args, made):
     """The pairs `indices` (a range) -> one shard's tensors. made: is told of every batch's size."""
     shape, latents, sums = model.latent_shape(), [], []
     for start in range(0, len(indices), args.batch):
@@ -275,7 +275,7 @@ def verify(words):
     parser = cli.Parser(verify.__doc__, prog="pairs.py verify")
     parser.add_argument("--pairs", required=True, help="folder written by pairs.py")
     args = parser.parse_args(words)
-    wrong, files = [], sorted(Path(args.pairs).glob("shard-*.safetensors"))
+    wrong, files = [], sorted(Path(args.pairs).glob("shard-?????.safetensors"))
     for path in files:                                     # those that were cut: a PairDataset would name the first alone
         try:
             open_shard(path)

@@ -299,9 +299,8 @@ def table(all_rows):
 
 def drawing(args, rows, results):
     """What figures.py draws: (truth [n, 2], colours or None, [(name, path [STEPS + 1, n, 2], numbers, samples)])."""
-    rng = np.random.default_rng([args.seed, 4])
+    rng, out = np.random.default_rng([args.seed, 4]), []
     x0, (truth, label) = gauss(rng, 1500), draw(args.data, rng, 1500)
-    out = []
     for flow, student in rows:
         seen, way = results[flow.name][0], flow.sample(x0, label, STEPS, args, path=True)
         samples = [flow.sample(x0, label, n, args) for n in (1, 2)] + [way[-1], one_step(student, x0, label)]
