@@ -72,6 +72,26 @@ def test_latents_start_from_stream_0_at_first(flow):
     assert torch.equal(context, flow.text(["a", "b"]))
 
 
+def test_the_same_prompts_are_read_once_and_again_where_the_tower_has_changed(tiny):
+    flow, calls = InstaFlow.load(tiny / "flow"), []
+    flow.text.register_forward_hook(lambda module, args, output: calls.append(args[0]))
+    first = [flow.latents(["a red circle", "a ring"], steps=1, seed=seed) for seed in (0, 1, 0)]
+    assert len(calls) == 1 and torch.equal(first[0], first[2]) and not torch.equal(first[0], first[1])
+    other = flow.latents(["a ring", "a red circle"], steps=1, seed=0)
+    assert len(calls) == 2 and not torch.equal(other, first[0])
+    assert torch.equal(flow.latents(["a red circle", "a ring"], steps=1, seed=0), first[0])
+    with torch.no_grad():
+        flow.text.tower.positional_embedding.mul_(3)                         # as merging a LoRA or a training's step does
+    changed = flow.latents(["a red circle", "a ring"], steps=1, seed=0)
+    assert len(calls) == 4 and not torch.equal(changed, first[0])
+    assert torch.equal(InstaFlow(flow.unet, flow.vae, flow.text, flow.info).latents(["a red circle", "a ring"], steps=1, seed=0), changed)
+    flow.to("cpu", torch.bfloat16)
+    assert flow.latents(["a red circle", "a ring"], steps=1, seed=0).dtype == torch.bfloat16
+    with torch.inference_mode():
+        inside = InstaFlow.load(tiny / "flow")
+        assert torch.equal(inside.latents(["a red circle", "a ring"], steps=1, seed=0), first[0])
+
+
 def test_timestep_of_every_euler_step(flow):
     seen = []
     handle = flow.unet.register_forward_pre_hook(lambda module, args: seen.append(args[1].unique().tolist()))
