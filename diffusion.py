@@ -26,6 +26,11 @@ class Schedule:
         t = self.flow_time(self.alphas_cumprod)
         return float(t[-1]), float(t[0])
 
+    def scales(self):
+        """a and b of x = a x1 + b eps at every index -> two lists of float."""
+        bar = self.alphas_cumprod.numpy()
+        return np.sqrt(bar).tolist(), np.sqrt(1 - bar).tolist()
+
     @staticmethod
     def flow_time(alpha_bar):
         """The t of the line (1 - t) eps + t x1 that has the signal-to-noise ratio of this point: a / (a + b)."""
@@ -64,13 +69,12 @@ def ddim(eps, x, steps, schedule):
     'leading' spacing, offset 1, the last step to alphas_cumprod[0]. steps: 1 to 999, else ValueError."""
     _steps_ok(steps)
     stride = 1000 // steps
-    bar = schedule.alphas_cumprod
+    a, b = schedule.scales()
     for i in reversed(range(steps)):
-        now = i * stride + 1
-        here, there = bar[now], bar[max(now - stride, 0)]
+        now, then = i * stride + 1, max((i - 1) * stride + 1, 0)
         e = _call(eps, x, now)
-        x1 = (x - float((1 - here).sqrt()) * e) / float(here.sqrt())
-        x = float(there.sqrt()) * x1 + float((1 - there).sqrt()) * e
+        x1 = (x - b[now] * e) / a[now]
+        x = a[then] * x1 + b[then] * e
     return x
 
 
@@ -80,8 +84,7 @@ def dpm_solver(eps, x, steps, schedule):
     steps: 1 to 999, else ValueError."""
     _steps_ok(steps)
     grid = np.linspace(0, 999, steps + 1).round()[1:][::-1].astype(int)
-    bar = schedule.alphas_cumprod[grid.copy()]
-    a, b = bar.sqrt().tolist(), (1 - bar).sqrt().tolist()
+    a, b = ([scale[i] for i in grid] for scale in schedule.scales())
     lam = [np.log(p / q) for p, q in zip(a, b)]                              # half the log-SNR
     previous = None
     for i in range(steps):
