@@ -229,20 +229,22 @@ STUDENT = "--batch 32 --warmup 100 --cosine --ema 0.998 --save-every 200 --sampl
 
 
 def pipeline(root, short=False):
-    """The command lines of the whole miniature, in order: the paper's pipeline, and direct distillation beside it."""
+    """The command lines of the whole miniature, in order: the paper's pipeline, and beside it direct distillation at the cost of
+    mini-instaflow-l2 in all: its reflow's iterations and its own, and pairs of as many U-Net passes (10240 x 20 + 32768 x 16)."""
     n = (lambda full, little: little if short else full)
     root = shlex.quote(str(root))
     models, pairs = f"{root}/models", f"{root}/pairs"
     lines = f"""
         judge.py train --out {models}/mini-judge {n("", "--images 200 --iterations 4 --check 50")}
         mini.py teacher --out {models}/mini-sd {n("", "--short")}
-        scenes.py --captions {n(32768, 64)} --seed 1 --out {pairs}/captions.txt
+        scenes.py --captions {n(36864, 64)} --seed 1 --out {pairs}/captions.txt
         pairs.py --model {models}/mini-sd --prompts {pairs}/captions.txt --steps {n(10, 2)} --guidance {GUIDANCE} {n("--number 10240", "")} --out {pairs}/sd
         train_reflow.py --model {models}/mini-sd --pairs {pairs}/sd --out {models}/mini-2rf --iterations {n(2400, 4)} --lr 5e-4 {STUDENT}
-        pairs.py --model {models}/mini-2rf --prompts {pairs}/captions.txt --steps {n(8, 2)} --guidance 1.5 --out {pairs}/2rf
+        pairs.py --model {models}/mini-2rf --prompts {pairs}/captions.txt --steps {n(8, 2)} --guidance 1.5 {n("--number 32768", "")} --out {pairs}/2rf
         distill.py --model {models}/mini-2rf --pairs {pairs}/2rf --out {models}/mini-instaflow-l2 --iterations {n(6000, 4)} --lr 3e-4 {STUDENT}
         distill.py --model {models}/mini-instaflow-l2 --pairs {pairs}/2rf --out {models}/mini-instaflow --loss lpips --vgg {models}/mini-judge/judge.safetensors --lpips-size 0 --l2 0.05 --iterations {n(2500, 4)} --lr 1e-4 {STUDENT}
-        distill.py --model {models}/mini-sd --pairs {pairs}/sd --out {models}/mini-direct --iterations {n(2400, 4)} --lr 3e-4 {STUDENT}
+        pairs.py --model {models}/mini-sd --prompts {pairs}/captions.txt --steps {n(10, 2)} --guidance {GUIDANCE} {n("--number 36454", "")} --out {pairs}/sd-more
+        distill.py --model {models}/mini-sd --pairs {pairs}/sd-more --out {models}/mini-direct --iterations {n(8400, 4)} --lr 3e-4 {STUDENT}
         experiments.py table --models {models} --judge {models}/mini-judge --out {root}/benchmarks/miniature.json {n("", "--n 100 --rows mini-2rf:1,mini-instaflow:1")}
         """.splitlines()
     return [" ".join(line.split()) for line in lines if line.strip()]
@@ -264,7 +266,7 @@ def main():
     teacher.set_defaults(run=lambda args, world: train_teacher(args.out, world, args.compile))
     teacher.add_argument("--out", type=cli.folder, required=True, help="folder of the model")
     teacher.add_argument("--compile", action="store_true", help="torch.compile: two minutes, then faster or slower by the processor; needs a C++ compiler")
-    everything = commands.add_parser("all", doc="The whole pipeline from nothing: some eight hours of two CPU cores.")
+    everything = commands.add_parser("all", doc="The whole pipeline from nothing: some nine hours of two CPU cores.")
     everything.set_defaults(run=run_all)
     everything.add_argument("--root", default="runs/mini", help="where models/ and pairs/ are made")
     for command in (teacher, everything):

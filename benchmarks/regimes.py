@@ -24,7 +24,7 @@ import cli
 from instaflow import InstaFlow
 from measure import Evaluation, ends, identity, keep
 
-PAIRS, REFLOW, DISTIL, BATCH = 4096, 600, 600, 32
+PAIRS, REFLOW, DISTIL, BATCH = 3072, 500, 500, 32
 TEACHER_STEPS, FLOW_STEPS = 10, 8                          # of the samplers that make the pairs; all pairs are guided: two passes a step
 MORE = PAIRS * FLOW_STEPS // TEACHER_STEPS                 # pairs of the teacher that cost what PAIRS of the 2-rectified flow do
 # Flags, the teacher's guidance, and learning rates: of what starts at the teacher (reflow; direct), and of distillation after reflow.
