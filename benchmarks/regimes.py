@@ -1,9 +1,9 @@
 """When does reflow before distillation pay? Against direct distillation at equal distillation and at equal total cost.
 
-    python benchmarks/regimes.py                 # trains what is missing below runs/regimes, then measures: some two hours of two cores
+    python benchmarks/regimes.py                 # trains what is missing below runs/regimes, then measures: an hour and a half of two cores
     python benchmarks/regimes.py --seeds 1       # of the trainings; two seeds by two processes take no longer than one by one
 
-From the shipped teacher, with budgets a tenth of its students', L2 alone, all in one step. Three routes from the same teacher's pairs:
+From the shipped teacher, with an eighth of its students' budgets, L2 alone, all in one step. Three routes from the same teacher's pairs:
   reflowed      REFLOW iterations of reflow, PAIRS pairs of the 2-rectified flow, DISTIL iterations on those
   direct        DISTIL iterations on the teacher's PAIRS pairs
   direct-total  what the first costs in all: REFLOW + DISTIL iterations, and as many more of the teacher's pairs as the U-Net
