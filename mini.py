@@ -225,7 +225,7 @@ def train_teacher(out, world, compiled=False):
 
 # --- everything, from nothing ---
 
-STUDENT = "--batch 32 --warmup 100 --cosine --ema 0.998 --save-every 200 --sample-every 500 --exact"
+STUDENT = "--batch 32 --warmup 100 --cosine --ema 0.998 --save-every 200 --sample-every 500"
 
 
 def pipeline(root, short=False):
@@ -239,24 +239,29 @@ def pipeline(root, short=False):
         mini.py teacher --out {models}/mini-sd {n("", "--short")}
         scenes.py --captions {n(36864, 64)} --seed 1 --out {pairs}/captions.txt
         pairs.py --model {models}/mini-sd --prompts {pairs}/captions.txt --steps {n(10, 2)} --guidance {GUIDANCE} {n("--number 10240", "")} --out {pairs}/sd
-        train_reflow.py --model {models}/mini-sd --pairs {pairs}/sd --out {models}/mini-2rf --iterations {n(2400, 4)} --lr 5e-4 {STUDENT}
+        train_reflow.py --model {models}/mini-sd --pairs {pairs}/sd --out {models}/mini-2rf --iterations {n(2400, 4)} --lr 5e-4 {STUDENT} --exact
         pairs.py --model {models}/mini-2rf --prompts {pairs}/captions.txt --steps {n(8, 2)} --guidance 1.5 {n("--number 32768", "")} --out {pairs}/2rf
-        distill.py --model {models}/mini-2rf --pairs {pairs}/2rf --out {models}/mini-instaflow-l2 --iterations {n(6000, 4)} --lr 3e-4 {STUDENT}
-        distill.py --model {models}/mini-instaflow-l2 --pairs {pairs}/2rf --out {models}/mini-instaflow --loss lpips --vgg {models}/mini-judge/judge.safetensors --lpips-size 0 --l2 0.05 --iterations {n(2500, 4)} --lr 1e-4 {STUDENT}
+        distill.py --model {models}/mini-2rf --pairs {pairs}/2rf --out {models}/mini-instaflow-l2 --iterations {n(6000, 4)} --lr 3e-4 {STUDENT} --exact
+        distill.py --model {models}/mini-instaflow-l2 --pairs {pairs}/2rf --out {models}/mini-instaflow --loss lpips --vgg {models}/mini-judge/judge.safetensors --lpips-size 0 --l2 0.05 --iterations {n(2500, 4)} --lr 1e-4 {STUDENT} --exact
         pairs.py --model {models}/mini-sd --prompts {pairs}/captions.txt --steps {n(10, 2)} --guidance {GUIDANCE} {n("--number 36454", "")} --out {pairs}/sd-more
-        distill.py --model {models}/mini-sd --pairs {pairs}/sd-more --out {models}/mini-direct --iterations {n(8400, 4)} --lr 3e-4 {STUDENT}
+        distill.py --model {models}/mini-sd --pairs {pairs}/sd-more --out {models}/mini-direct --iterations {n(8400, 4)} --lr 3e-4 {STUDENT} --exact
         experiments.py table --models {models} --judge {models}/mini-judge --out {root}/benchmarks/miniature.json {n("", "--n 100 --rows mini-2rf:1,mini-instaflow:1")}
         """.splitlines()
     return [" ".join(line.split()) for line in lines if line.strip()]
 
 
+def run(line):
+    """A command line of the pipeline. One that is done already ends at once: each goes on where it was."""
+    print(f"\n$ python {line}", flush=True)
+    script, *words = shlex.split(line)
+    code = subprocess.run([sys.executable, Path(__file__).parent / script, *words], check=False).returncode
+    if code:
+        raise cli.UserError(f"`python {line}` ended with status {code}; mend what it says, and run the same line again: it goes on from there")
+
+
 def run_all(args, world):
     for line in pipeline(args.root, args.short):
-        print(f"\n$ python {line}", flush=True)
-        script, *words = shlex.split(line)
-        code = subprocess.run([sys.executable, Path(__file__).parent / script, *words], check=False).returncode
-        if code:
-            raise cli.UserError(f"`python {line}` ended with status {code}; mend what it says, and run the same line again: it goes on from there")
+        run(line)
 
 
 def main():

@@ -1,6 +1,8 @@
 """What a GPU would refuse or wait for, found without one: fake tensors (shapes, dtypes and devices, no numbers) on a device "cuda".
 
 Two devices in one operation is an error there, and so is every look at a number, which on a GPU waits for all that came before."""
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -83,7 +85,7 @@ def test_features_and_their_statistics(fake):
 
 
 class Pairs:
-    """Of random numbers, on the CPU, as PairDataset hands them out."""
+    """Zeros, on the CPU, as PairDataset hands pairs out."""
     info = {"model": "teacher", "number": 64}
 
     def __init__(self, folder):
@@ -140,7 +142,7 @@ def test_a_training_step_stays_on_the_gpu_and_never_waits(fake, monkeypatch, com
 
     def stacked(unet):                                     # copies of a fake module's numbers cannot be made
         with torch.device("cuda"):
-            return StackedUNet(CONFIGS["stacked"][0].__class__(**{**vars(unet.config), "stacked": True}))
+            return StackedUNet(dataclasses.replace(unet.config, stacked=True))
     monkeypatch.setattr(script, "PairDataset", Pairs)
     monkeypatch.setattr(script.InstaFlow, "load", lambda *args: flow)
     monkeypatch.setattr(script.InstaFlow, "save", lambda *args, **settings: None)
