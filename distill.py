@@ -72,7 +72,7 @@ def main():
     flow = InstaFlow(ema, model.vae, model.text, info, model.base)
     folder, operations = f"{args.out}/training", model.operations()
     work = 3 * operations["unet"] + bool(distance) * 3 * operations["decoder"]               # both decoded, one of them with its gradient
-    batch = data.ahead(lambda step: world.share(training.batch_indices(args.seed, step, args.batch, len(data))))
+    batch = training.ahead(lambda step: data.batch(world.share(training.batch_indices(args.seed, step, args.batch, len(data)))))
     recipe = training.recipe(args) | {"pairs_made": data.info}
     for step, log, lr in training.steps(args, world, folder, unet, ema, optimizer, recipe, args.cosine, work):
         (noise, latent, prompts), losses = batch(step), []

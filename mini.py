@@ -7,10 +7,14 @@ A killed stage goes on where it was: run the same line again.
 """
 import copy
 import dataclasses
+import functools
+import os
 import shlex
 import subprocess
 import sys
 from argparse import Namespace
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +24,7 @@ from torch import nn
 from tqdm import tqdm
 
 import cli
+import pictures
 import scenes
 import training
 from checkpoint import crc
@@ -159,6 +164,14 @@ def places(drawn, ids):
 WORLD = ("latents", "ids", "named", "shown", "related")
 
 
+def draw_world(seed, start, n=100):
+    """What `encode_world` has of n scenes -> (images [n, 3, 64, 64], token ids, named, shown, and which are related, by index)."""
+    image, captions = images(seed, start, n)
+    ids = tokenize(captions)
+    related = [start + i for i, claim in enumerate(map(scenes.parse, captions)) if len(claim.objects) == 2 and claim.relations]
+    return image, ids, *places([scenes.scene(seed, start + i) for i in range(n)], ids), torch.tensor(related)
+
+
 @torch.no_grad()
 def encode_world(vae, out, world):
     """The teacher's data, made once, of `scenes` captioned pictures -> (latents [N, 4, h, w] float16, token ids [N, 77], and
@@ -166,14 +179,13 @@ def encode_world(vae, out, world):
     s = TEACHER_TRAINING
     path = Path(out) / "training" / f"world-{s.seed}-{s.scenes}-by-{crc(vae)}.safetensors"       # another VAE's latents are another world
     if world.rank == 0 and not path.exists():
-        rows = []
-        for start in tqdm(range(0, s.scenes, 100), desc="encoding scenes", mininterval=1):
-            image, captions = images(s.seed, start, 100)
-            with training.autocast(world.device):
-                mean, _ = vae.encode(image.to(world.device).contiguous(memory_format=torch.channels_last))
-            ids = tokenize(captions)
-            related = [start + i for i, claim in enumerate(map(scenes.parse, captions)) if len(claim.objects) == 2 and claim.relations]
-            rows.append((mean.half().cpu(), ids, *places([scenes.scene(s.seed, start + i) for i in range(100)], ids), torch.tensor(related)))
+        rows, workers = [], min(os.cpu_count(), s.scenes // 10_000 + 1)      # a process takes seconds to start
+        with ProcessPoolExecutor(workers, get_context("spawn"), torch.set_num_threads, (1,)) as pool:          # there are as many as cores already
+            drawn = pictures.ahead(pool, functools.partial(draw_world, s.seed), range(0, s.scenes, 100), 4 * workers)
+            for image, *others in tqdm(drawn, total=s.scenes // 100, desc="encoding scenes", mininterval=1):
+                with training.autocast(world.device):
+                    mean, _ = vae.encode(image.to(world.device).contiguous(memory_format=torch.channels_last))
+                rows.append((mean.half().cpu(), *others))
         training.write_tensors(path, dict(zip(WORLD, map(torch.cat, zip(*rows)))))
     training.barrier()
     data = load_file(path)
@@ -191,8 +203,9 @@ def train_teacher(out, world, compiled=False):
     if compiled:
         teacher.compile()
     net, null, bar = training.distributed(teacher, world), tokenize([""]), Schedule.stable_diffusion().alphas_cumprod.float()
-    info = {"prediction": "epsilon", "sampler": "dpm", "steps": 25, "guidance": GUIDANCE}
-    for step, log, lr in training.steps(s, world, f"{out}/training/teacher", teacher, ema, optimizer, training.recipe(s)):
+
+    def draw(step):
+        """This process's share of a batch: x, noise, timestep, token ids, SNR, and of the objects named, where: place in the caption, in the picture, if asked for."""
         rows = torch.from_numpy(world.share(training.batch_indices(s.seed, step, s.batch, len(related) if step < s.related else len(latents))))
         rows = related[rows] if step < s.related else rows
         rng = training.step_generator(s.seed, step)
@@ -200,22 +213,25 @@ def train_teacher(out, world, compiled=False):
         dropped = torch.from_numpy(world.share(rng.random(s.batch) < s.drop))
         noise = torch.from_numpy(world.share(rng.standard_normal((s.batch, *latents.shape[1:]), dtype=np.float32)))
         a, b = bar[index].sqrt()[:, None, None, None], (1 - bar[index]).sqrt()[:, None, None, None]
-        x, words = a * latents[rows].float() + b * noise, torch.where(dropped[:, None], null, ids[rows])
-        x, noise, index, words = (y.to(world.device) for y in (x, noise, index, words))
+        return (a * latents[rows].float() + b * noise, noise, index, torch.where(dropped[:, None], null, ids[rows]), (a / b).flatten().square(),
+                named[rows], shown[rows], (named[rows] > 0) & ~dropped[:, None])
+
+    batch = training.ahead(draw)
+    info = {"prediction": "epsilon", "sampler": "dpm", "steps": 25, "guidance": GUIDANCE}
+    for step, log, lr in training.steps(s, world, f"{out}/training/teacher", teacher, ema, optimizer, training.recipe(s)):
+        x, noise, index, words, snr, said, where, asked = (y.to(world.device) for y in batch(step))
         with training.autocast(world.device):
-            eps, where = net(x.contiguous(memory_format=torch.channels_last), index, words)
+            eps, found = net(x.contiguous(memory_format=torch.channels_last), index, words)
         losses = (eps.float() - noise).square().mean((1, 2, 3))
-        snr = (a / b).flatten().square().to(world.device)
         loss = (losses * (s.min_snr / snr).clamp(max=1) * (1 + 1 / snr).clamp(max=s.velocity)).mean()
-        said, asked = named[rows].to(world.device), ((named[rows] > 0) & ~dropped[:, None]).to(world.device)
-        found = where.float().gather(1, said[:, :, None].expand(-1, -1, 2))
-        miss = ((found - shown[rows].to(world.device)).square().sum(2) * asked).sum(1).mean()
+        found = found.float().gather(1, said[:, :, None].expand(-1, -1, 2))
+        miss = ((found - where).square().sum(2) * asked).sum(1).mean()
         (loss + s.where * miss).backward()
         lr *= min(1, (s.iterations - step) / s.decay)
         log.add(losses, 1 - index / 1000, where=float(miss.detach()), gradient=training.optimiser_step(optimizer, teacher, lr))
         if world.rank == 0 and (step + 1) % s.sample_every == 0:
-            pictures = InstaFlow(ema.unet, vae, ema.text, info).generate(PROMPTS)
-            grid([pictures], None, PROMPTS).save(f"{out}/training/teacher/samples-{step + 1:06d}.png")
+            drawn = InstaFlow(ema.unet, vae, ema.text, info).generate(PROMPTS)
+            grid([drawn], None, PROMPTS).save(f"{out}/training/teacher/samples-{step + 1:06d}.png")
     made = [training.made(f"{out}/training/{stage}", s.seed) for stage in ("vae", "teacher")]
     model = InstaFlow(ema.unet.eval(), vae, ema.text.eval(), {**info, "made": {**made[1], "seconds": made[0]["seconds"] + made[1]["seconds"]}})
     if world.rank == 0:

@@ -18,7 +18,6 @@ import re
 import sys
 import time
 import zlib
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +26,7 @@ from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 import cli
+import fast
 import flows
 import hub
 import training
@@ -34,6 +34,7 @@ import weights
 from cli import UserError
 from instaflow import InstaFlow, grid, to_pil
 
+KEPT = 2 ** 32                                             # bytes of pairs that are kept in memory once read
 STREAM = 1                                                 # sampling and evaluation have stream 0
 PART = 512                                                 # pairs: an A100 makes 200,000 a day (the paper's cost), so some four minutes
 TENSORS = ("checksum", "index", "latent", "prompt", "prompt_end", "seed")
@@ -111,23 +112,23 @@ def merge(folder, k, parts):
 class PairDataset:
     """Read pairs back: dataset[i] -> {"noise": [4, h, w], "latent": [4, h, w], "prompt": str}, float32, on the CPU.
 
-    Shards are memory-mapped, opened when first read. `info`: how they were made. Raises UserError where a shard is
+    Shards are memory-mapped. `info`: how they were made. Raises UserError where a shard is
     missing or damaged, or the noise made here is not the noise they were made from.
     """
 
     def __init__(self, folder):
-        self.folder, self.shards, self.sizes, self.ends = Path(folder), {}, {}, []
+        self.folder, self.shards, self.kept, self.ends = Path(folder), {}, {}, []
         numbers = sorted(int(m[1]) for p in self.folder.glob("shard-*.safetensors") if (m := re.fullmatch(r"shard-(\d+)", p.stem)))
         if not numbers:
             raise UserError(f"{folder} holds no pairs; make them with pairs.py --out {folder}")
-        self.info = json.loads(self._open(numbers[0]).metadata()["json"])
+        self.info = json.loads(open_shard(shard_path(folder, numbers[0])).metadata()["json"])
         count, size = self.info["number"], self.info["shard"]
         missing = sorted(set(range(-(-count // size))) - set(numbers))
         if missing:
             raise self._missing(missing[0], f" ({len(missing)} shards in all)")
         for number in numbers:                             # a cut file shows now, not hours into a training
-            shard = self._open(number)
-            if json.loads(shard.metadata()["json"]) != self.info or int(shard.get_slice("index")[0]) != number * size or number * size >= count:
+            info = json.loads(open_shard(shard_path(folder, number)).metadata()["json"])
+            if info != self.info or int(self._open(number)["index"][0]) != number * size or number * size >= count:
                 raise UserError(f"{shard_path(folder, number)} is of other pairs than the shards beside it; delete it, or give each its own folder")
         self.ends = [min((k + 1) * size, count) for k in range(len(numbers))]
 
@@ -135,15 +136,18 @@ class PairDataset:
         return UserError(f"{shard_path(self.folder, number)} is missing{more}; run the same pairs.py line again to make what is missing")
 
     def _open(self, number):
-        path = shard_path(self.folder, number)
+        """A shard's tensors by name: views of the file, nothing is read before it is looked at."""
         try:
             if number not in self.shards:
-                self.shards[number], self.sizes[number] = open_shard(path), os.stat(path).st_size
-            elif os.stat(path).st_size != self.sizes[number]:                # to read beyond a mapped file's end would be the process's end, without a word
+                path = str(shard_path(self.folder, number))
+                file = open_shard(path)
+                self.shards[number] = {key: file.get_tensor(key) for key in TENSORS}, path, os.stat(path).st_size
+            tensors, path, size = self.shards[number]
+            if os.stat(path).st_size != size:              # to read beyond a mapped file's end would be the process's end, without a word
                 raise UserError(f"{path} was changed while it was in use; delete it and run the same pairs.py line again")
         except FileNotFoundError:
             raise self._missing(number) from None
-        return self.shards[number]
+        return tensors
 
     def __len__(self):
         return self.ends[-1]
@@ -153,33 +157,27 @@ class PairDataset:
             raise IndexError(i)
         number = bisect.bisect_right(self.ends, i)
         shard, row = self._open(number), i - (self.ends[number - 1] if number else 0)
-        seed, index, end = (int(shard.get_slice(key)[row]) for key in ("seed", "index", "prompt_end"))
-        latent = shard.get_slice("latent")[row].float()
+        seed, index, end = (int(shard[key][row]) for key in ("seed", "index", "prompt_end"))
+        latent = shard["latent"][row].float()
         noise = flows.noise(STREAM, seed, index, tuple(latent.shape))
-        if checksum(noise) != int(shard.get_slice("checksum")[row]):
+        if checksum(noise) != int(shard["checksum"][row]):
             raise UserError(f"{shard_path(self.folder, number)}: pair {i} was made from another noise than numpy {np.__version__} makes; make the pairs again, or install the numpy they were made with")
-        start = int(shard.get_slice("prompt_end")[row - 1]) if row else 0
+        start = int(shard["prompt_end"][row - 1]) if row else 0
         try:
-            prompt = bytes(shard.get_slice("prompt")[start:end].tolist()).decode()
+            prompt = bytes(shard["prompt"][start:end].numpy()).decode()
         except UnicodeDecodeError:
             raise UserError(f"{shard_path(self.folder, number)}: a prompt is not UTF-8 text; delete it and run the same pairs.py line again") from None
         return {"noise": noise, "latent": latent, "prompt": prompt}
 
     def batch(self, indices):
-        """-> (noise [B, 4, h, w], latent [B, 4, h, w], prompts list[str])."""
-        rows = [self[int(i)] for i in indices]
+        """-> (noise [B, 4, h, w], latent [B, 4, h, w], prompts list[str]). The pairs of a small set are kept: a GPU trains a
+        small network faster than their noise is made."""
+        rows = []
+        for i in map(int, indices):
+            rows.append(self.kept.get(i) or self[i])
+            if len(self) * 2 * 4 * rows[-1]["noise"].numel() <= KEPT:
+                self.kept[i] = rows[-1]
         return torch.stack([r["noise"] for r in rows]), torch.stack([r["latent"] for r in rows]), [r["prompt"] for r in rows]
-
-    def ahead(self, rows):
-        """-> a function step -> the batch of rows(step), which has the next step's read in a thread meanwhile."""
-        pool, coming = ThreadPoolExecutor(1), {}
-        read = lambda step: self.batch(rows(step))
-
-        def batch(step):
-            ready = coming.pop(step, None) or pool.submit(read, step)
-            coming[step + 1] = pool.submit(read, step + 1)
-            return ready.result()
-        return batch
 
     def check(self, model, path=None, seen=True):
         """Raises UserError where these pairs' latents are not of `model`'s shape, or (path: its folder) were made by other weights.
@@ -204,12 +202,15 @@ def make(words):
     parser.add_argument("--batch", type=cli.positive, default=64, help="pictures at a time")
     parser.add_argument("--shard", type=cli.positive, help="pairs a file (default: the folder's, or what makes about 1 GB)")
     parser.add_argument("--float32", action="store_true", help="no bf16")
+    parser.add_argument("--graphs", action="store_true", help="on a GPU, replay CUDA graphs: for networks so small that it computes faster than Python tells it what")
     parser.add_argument("--device", type=cli.device, help="default: the GPU where there is one")
     args = parser.parse_args(words)
 
     world = training.start(args.device)
     prompts = cli.Prompts(args.prompts)
     model = InstaFlow.load(args.model, world.device)
+    if args.graphs and world.device.type == "cuda":
+        fast.graphed(model.unet)
     first = next(iter(sorted(Path(args.out).glob("shard-*.safetensors"))), None)             # a part tells as much as a shard
     old = json.loads(open_shard(first).metadata()["json"]) if first else {}
     args.steps = args.steps or model.info["steps"]
@@ -286,7 +287,7 @@ def verify(words):
     for k, end in enumerate(tqdm(data.ends, desc="shards", unit="shard", mininterval=1)):
         start = data.ends[k - 1] if k else 0
         try:
-            tensors = {key: data._open(k).get_tensor(key) for key in TENSORS}
+            tensors = data._open(k)
             if tensors["index"].tolist() != list(range(start, end)) or set(tensors["seed"].tolist()) != {data.info["seed"]}:
                 raise UserError(f"{shard_path(args.pairs, k)} does not hold the pairs {start} to {end - 1} of seed {data.info['seed']}")
             latent = tensors["latent"]

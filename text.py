@@ -70,21 +70,18 @@ def _bpe():
     return bpe
 
 
-@functools.lru_cache(maxsize=1000)
-def _warn(message):
-    """Once a prompt: a training meets it in every epoch."""
-    print(message, file=sys.stderr)
+@functools.lru_cache(maxsize=2**16)
+def _ids(prompt, length):
+    """A prompt's tokens, as many as fit. Kept, and so warned of once: a training meets a prompt in every epoch."""
+    ids = _bpe().encode(prompt)
+    if len(ids) > length - 2:
+        cut = _bpe().decode(ids[length - 2:]).strip()
+        print(f"warning: the prompt is {len(ids)} tokens long, and {length - 2} fit; cut off: \"{cut if len(cut) <= 400 else cut[:400] + '...'}\"", file=sys.stderr)
+    return ids[:length - 2]
 
 
 def tokenize(prompts, length=77):
     """Token ids, int64 [B, length]: START, the text, END up to the length. A prompt that is too long is cut, with a
     warning on stderr that names what was cut."""
-    bpe, rows = _bpe(), []
-    for prompt in prompts:
-        ids = bpe.encode(prompt)
-        if len(ids) > length - 2:
-            cut = bpe.decode(ids[length - 2:]).strip()
-            _warn(f"warning: the prompt is {len(ids)} tokens long, and {length - 2} fit; cut off: \"{cut if len(cut) <= 400 else cut[:400] + '...'}\"")
-        ids = [START] + ids[:length - 2]
-        rows.append(ids + [END] * (length - len(ids)))
+    rows = [[START, *ids, *[END] * (length - 1 - len(ids))] for ids in (_ids(prompt, length) for prompt in prompts)]
     return torch.tensor(rows, dtype=torch.long).reshape(len(rows), length)

@@ -40,7 +40,7 @@ def main():
     info = {"prediction": to_predict(model, args.exact, args.model), "sampler": "euler", "steps": 25, "guidance": 1.5, "pairs": data.info}
     flow = InstaFlow(ema, model.vae, model.text, info, model.base)
     folder, work = f"{args.out}/training", 3 * model.operations()["unet"]                   # a backward pass is two forward ones
-    batch = data.ahead(lambda step: world.share(training.batch_indices(args.seed, step, args.batch, len(data))))
+    batch = training.ahead(lambda step: data.batch(world.share(training.batch_indices(args.seed, step, args.batch, len(data)))))
     recipe = training.recipe(args) | {"pairs_made": data.info}
     for step, log, lr in training.steps(args, world, folder, unet, ema, optimizer, recipe, args.cosine, work):
         rng = training.step_generator(args.seed, step)

@@ -10,6 +10,7 @@ import os
 import re
 import signal
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
@@ -120,6 +121,13 @@ def prepare(unet, args, world):
         for name, module in unet.named_modules():
             if re.fullmatch(r"((first|second)\.)?(down_blocks\.\d+|mid_block|up_blocks\.\d+)", name):
                 module.compile(dynamic=False)              # blocks differ in size, which else is taken for a size that changes
+    if args.graphs:
+        if world.size > 1 or world.device.type != "cuda" or args.accumulate > 1 or args.checkpoint or args.compile:
+            raise cli.UserError("--graphs is for one process with a GPU, and goes with none of --accumulate, --checkpoint and --compile; leave it out")
+        size, batch = unet.config.sample_size, args.batch
+        inputs = like(batch, unet.config.in_channels, size, size).to(memory_format=torch.channels_last), like(batch), like(batch, 77, unet.config.cross_attention_dim)
+        with torch.autocast("cuda", torch.bfloat16, enabled=not args.float32, cache_enabled=False):
+            net = torch.cuda.make_graphed_callables(unet, inputs)
     return ema, optimizer, net
 
 
@@ -172,6 +180,17 @@ def _order(seed, epoch, size):
     return np.random.default_rng([seed, epoch]).permutation(size)
 
 
+def ahead(draw):
+    """-> a function step -> draw(step), which has the next step's drawn in a thread meanwhile."""
+    pool, coming = ThreadPoolExecutor(1), {}
+
+    def drawn(step):
+        ready = coming.pop(step, None) or pool.submit(draw, step)
+        coming[step + 1] = pool.submit(draw, step + 1)
+        return ready.result()
+    return drawn
+
+
 def step_generator(seed, step):
     """numpy's generator of everything else that `step` draws: times, dropped prompts, noise."""
     return np.random.default_rng([seed, step, 1])          # the third number keeps clear of batch_indices' streams
@@ -198,6 +217,7 @@ def add_flags(parser):
     add("--float32", action="store_true", help="no bf16")
     add("--checkpoint", action="store_true", help="compute activations again in the backward pass: a fraction of the memory, a third more work")
     add("--compile", action="store_true", help="torch.compile: minutes at the start, faster steps on a GPU")
+    add("--graphs", action="store_true", help="replay CUDA graphs: for networks so small that a GPU computes faster than Python tells it what")
     add("--device", type=cli.device, help="default: the GPU where there is one")
 
 
@@ -243,8 +263,7 @@ def optimiser_step(optimizer, model, lr, clip=1.0, explode=math.inf):
 def update_ema(ema, model, step, decay=0.9999):
     """ema <- d ema + (1 - d) model, d warming up with the step so that early weights are forgotten."""
     d = min(decay, (1 + step) / (10 + step))
-    for e, p in zip(ema.parameters(), model.parameters()):
-        e.lerp_(p, 1 - d)
+    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - d)            # as torch.optim.swa_utils has it: on a GPU few kernels, not one a parameter
 
 
 # --- the frame of a loop ---

@@ -104,7 +104,7 @@ def measure(args):
             model.solve(x0, text[:-1], text[-1:], STEPS, 1.5)
     speed["generation"], memory["generation"] = speed_of(generate, args.batch, device, 1, args.seconds)
     unet = model.unet.requires_grad_(True)
-    ema, optimizer, net = training.prepare(unet, Namespace(lr=1e-6, weight_decay=1e-2, checkpoint=args.checkpoint, compile=args.compile), training.World(0, 1, device))
+    ema, optimizer, net = training.prepare(unet, Namespace(lr=1e-6, weight_decay=1e-2, checkpoint=args.checkpoint, compile=args.compile, graphs=False), training.World(0, 1, device))
     training.checkpoint_gradients(model.vae, device)
 
     def train(stage):

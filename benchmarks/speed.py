@@ -1,7 +1,7 @@
 """How fast this is beside diffusers: the same files, the same inputs, one after the other in turns, in one run.
 
     python benchmarks/speed.py                                      # full size, bf16, one picture in one step: minutes on a CPU
-    python benchmarks/speed.py --device cuda --dtypes float32,bfloat16,float16 --batches 1,4,16 --guided --compile
+    python benchmarks/speed.py --device cuda --dtypes float32,bfloat16,float16 --batches 1,4,16 --compile
     python benchmarks/speed.py --device cuda --profile              # what the GPU does all the time, kernel by kernel
     python benchmarks/speed.py --config mini --rounds 1 --out /tmp  # to see whether it runs
 
@@ -38,6 +38,7 @@ from cli import UserError
 from instaflow import CONFIGS, InstaFlow, to_pil
 
 PROMPT, STEPS, GUIDANCE = "a red circle left of a blue square", 25, 5.0
+STAGES = ["process", "load", "text", "U-Net", "decoder", "picture", "guided"]
 PATIENCE = 60                                            # seconds of a row, after which three turns are enough
 KEYS = ("s", "cpu_s", "peak_gib", "gpu_gib")             # of processes all four
 # A process that runs a script with its arguments and then says the most memory it ever held, in bytes: resident, and on a GPU.
@@ -66,7 +67,10 @@ def ours(folder, device, dtype, compile=False):
     model = InstaFlow.load(folder, device, dtype)
     for module in (model.text.tower, model.unet, model.vae.decoder):
         fast.compiled(module, device) if compile else fast.pack(module)
-    return SimpleNamespace(text=model.text, unet=model.unet, decode=model.decode, last=torch.channels_last)
+    def read(prompts):
+        text._ids.cache_clear()                            # the peer keeps no prompt's tokens either
+        return model.text(prompts)
+    return SimpleNamespace(text=read, unet=model.unet, decode=model.decode, last=torch.channels_last)
 
 
 def theirs(folder, device, dtype, layout=torch.contiguous_format, compile=False):
@@ -126,27 +130,30 @@ def ceiling(device, dtype):
 
 @torch.no_grad()
 def stages(sides, args, dtype, flop, bar):
-    """Yield rows of text, U-Net, decoder and whole pictures, for each batch."""
-    config, device = CONFIGS[args.config][0], args.device
-    best = ceiling(device, dtype)
+    """Yield rows of text, U-Net, decoder and whole pictures, for each batch. First all is run until nothing is left to be compiled or
+    recorded; then all is timed."""
+    config, device, tasks = CONFIGS[args.config][0], args.device, []
     for batch in args.batches:
         prompts = [f"{PROMPT} {i}" for i in range(batch)]
         x, t = torch.randn(batch, config.in_channels, config.sample_size, config.sample_size).to(device, dtype), torch.full((batch,), 900.0, device=device)
         context = torch.randn(batch, 77, config.cross_attention_dim).to(device, dtype)
-        tasks = [("text", 1, flop["text"], lambda side: side.text(prompts)),
-                 ("U-Net", 1, flop["unet"], lambda side: side.unet(x.contiguous(memory_format=side.last), t, context)),
-                 ("decoder", 1, flop["decoder"], lambda side: side.decode(x)),
-                 ("picture", 1, flop["text"] + flop["unet"] + flop["decoder"], lambda side: picture(side, prompts, x, 1, 1))]
-        if args.guided:
-            tasks.append(("picture, guided", STEPS, flop["text"] + 2 * STEPS * flop["unet"] + flop["decoder"], lambda side: picture(side, prompts, x, STEPS, GUIDANCE)))
-        for stage, steps, work, task in tasks:
-            for _ in range(3 if args.compile else 1):      # graphs are recorded in the second call, and write over their outputs in the next
-                out = {name: y.clone() if torch.is_tensor(y := task(side)) else y for name, side in sides.items()}
-            times = in_turns({name: (lambda side=side: clocked(lambda: task(side), device)) for name, side in sides.items()}, args.rounds, bar)
-            row = {"stage": stage, "dtype": str(dtype)[6:], "batch": batch, "steps": steps, "tflop": work * batch / 1e12, "floor_s": work * batch / best[0], "floor_cpu_s": work * batch / best[1], "times": times}
-            if not isinstance(out["ours"], list):          # (pictures are PIL's)
-                row["largest_difference"] = max(float((out[name] - out["diffusers"]).abs().max() / out["diffusers"].abs().max()) for name in out if name.startswith("ours"))
-            yield row
+        whole = flop["text"] + flop["U-Net"] + flop["decoder"]
+        calls = {"text": (1, flop["text"], lambda side, p=prompts: side.text(p)),
+                 "U-Net": (1, flop["U-Net"], lambda side, x=x, t=t, c=context: side.unet(x.contiguous(memory_format=side.last), t, c)),
+                 "decoder": (1, flop["decoder"], lambda side, x=x: side.decode(x)),
+                 "picture": (1, whole, lambda side, p=prompts, x=x: picture(side, p, x, 1, 1)),
+                 "guided": (STEPS, whole + (2 * STEPS - 1) * flop["U-Net"], lambda side, p=prompts, x=x: picture(side, p, x, STEPS, GUIDANCE))}
+        tasks += [(stage, batch, *calls[stage]) for stage in args.stages if stage in calls]
+    differences = []
+    for stage, *_, task in tasks:
+        for _ in range(3 if args.compile else 1):          # graphs are recorded in the second call, and write over their outputs in the next
+            out = {name: y.clone() if torch.is_tensor(y := task(side)) else y for name, side in sides.items()}
+        pil = isinstance(out["ours"], list)
+        differences.append({} if pil else {"largest_difference": max(float((out[name] - out["diffusers"]).abs().max() / out["diffusers"].abs().max()) for name in out if name.startswith("ours"))})
+    best = ceiling(device, dtype) if tasks else None
+    for (stage, batch, steps, work, task), difference in zip(tasks, differences):
+        times = in_turns({name: (lambda side=side: clocked(lambda: task(side), device)) for name, side in sides.items()}, args.rounds, bar)
+        yield {"stage": stage, "dtype": str(dtype)[6:], "batch": batch, "steps": steps, "tflop": work * batch / 1e12, "floor_s": work * batch / best[0], "floor_cpu_s": work * batch / best[1], "times": times} | difference
 
 
 def processes(folder, args, dtype, bar):
@@ -173,13 +180,16 @@ def processes(folder, args, dtype, bar):
 def measured(folder, makers, args, bar):
     """Yield every row that the flags ask for."""
     unet, vae, tower = CONFIGS[args.config]
-    flop = InstaFlow.load(folder).operations() | {"text": log.flops(lambda: text.TextTower(tower)(torch.zeros(1, 77, dtype=torch.long)))}
+    flop = InstaFlow.load(folder).operations()
+    flop = {"U-Net": flop["unet"], "decoder": flop["decoder"], "text": log.flops(lambda: text.TextTower(tower)(torch.zeros(1, 77, dtype=torch.long)))}
     for dtype in (getattr(torch, name) for name in args.dtypes):
-        yield processes(folder, args, dtype, bar)          # before this process holds much itself
+        if "process" in args.stages:
+            yield processes(folder, args, dtype, bar)      # before this process holds much itself
         loads = {name: (lambda make=make: clocked(lambda: make(folder, args.device, dtype), args.device)) for name, make in (("ours", ours), ("diffusers", theirs))}
-        for load in loads.values():
+        for load in loads.values() if "load" in args.stages else ():
             load()                                         # imports are no loading
-        yield {"stage": "load", "dtype": str(dtype)[6:], "batch": 1, "steps": 1, "times": in_turns(loads, args.rounds, bar)}
+        if "load" in args.stages:
+            yield {"stage": "load", "dtype": str(dtype)[6:], "batch": 1, "steps": 1, "times": in_turns(loads, args.rounds, bar)}
         torch.compiler.reset()
         yield from stages({name: make(folder, args.device, dtype) for name, make in makers.items()}, args, dtype, flop, bar)
 
@@ -226,14 +236,15 @@ def chart(rows, key, path, title):
     """Bars of the first dtype, a panel a stage and batch, beside the floor: the stage's operations at the ceiling."""
     from matplotlib.figure import Figure
     rows = [row for row in rows if row["dtype"] == rows[0]["dtype"]]
+    unit, times = ("ms", 1000) if max(t[key] for row in rows for t in row["times"].values()) < 1 else ("s", 1)
     figure = Figure(figsize=(10, 1.5 * len(rows) + 0.6), layout="constrained")
     for axes, row in zip(figure.subplots(len(rows), 1, squeeze=False)[:, 0], rows):
         names, head = list(row["times"])[::-1], f"{row['stage']}, {row['dtype']}, batch {row['batch']}" + f", {row['steps']} steps" * (row["steps"] > 1)
-        bars = axes.barh(names, [row["times"][n][key] for n in names], color=["tab:blue" if n.startswith("ours") else "tab:orange" for n in names])
-        axes.bar_label(bars, [f" {row['times'][n][key]:.3g} s" for n in names], fontsize=8)
+        bars = axes.barh(names, [times * row["times"][n][key] for n in names], color=["tab:blue" if n.startswith("ours") else "tab:orange" for n in names])
+        axes.bar_label(bars, [f" {times * row['times'][n][key]:.3g} {unit}" for n in names], fontsize=8)
         if "tflop" in row:
-            axes.axvline(row[f"floor_{key}"], color="black", linestyle="--")
-            head += f"; dashed: {row['tflop']:.3g} TFLOP at the ceiling, {row[f'floor_{key}']:.2g} s"
+            axes.axvline(times * row[f"floor_{key}"], color="black", linestyle="--")
+            head += f"; dashed: {row['tflop']:.3g} TFLOP at the ceiling, {times * row[f'floor_{key}']:.2g} {unit}"
         axes.set_title(head, fontsize=9, loc="left")
         axes.margins(x=0.12)
         axes.tick_params(labelsize=8)
@@ -248,7 +259,7 @@ def main():
     add("--device", type=cli.device, default="cuda" if gpu else "cpu")
     add("--dtypes", default="bfloat16", help="of float32,bfloat16,float16 (on a CPU float16 convolutions are some 40 times slower)")
     add("--batches", type=lambda words: [cli.positive(w) for w in words.split(",")], default=[1], help="as in 1,4,16")
-    add("--guided", action="store_true", help=f"also {STEPS} steps with guidance {GUIDANCE:g}")
+    add("--stages", type=lambda words: words.split(","), default=STAGES[:-1], help=f"some of {','.join(STAGES)} (default: all but the last, which is {STEPS} steps with guidance {GUIDANCE:g})")
     add("--compile", action="store_true", help="also both compiled: on a CPU, many minutes")
     add("--profile", action="store_true", help="measure nothing: print what computes longest")
     add("--rounds", type=cli.positive, default=20 if gpu else 5, help="turns; half as many of whole processes")
@@ -263,12 +274,14 @@ def main():
     args.dtypes = args.dtypes.split(",")
     if set(args.dtypes) - {"float32", "bfloat16", "float16"}:
         parser.error(f"--dtypes {','.join(args.dtypes)}: name some of float32,bfloat16,float16")
+    if set(args.stages) - set(STAGES):
+        parser.error(f"--stages {','.join(args.stages)}: name some of {','.join(STAGES)}")
     makers = {"ours": ours, **({"ours, compiled": lambda *a: ours(*a, compile=True)} if args.compile else {}), "diffusers": theirs,
               "diffusers, channels-last": lambda *a: theirs(*a, torch.channels_last), **({"diffusers, compiled": lambda *a: theirs(*a, torch.channels_last, True)} if args.compile else {})}
     torch.backends.cuda.matmul.allow_tf32 = True           # on both sides and at the ceiling, as convolutions have it anyway
     kind = torch.device(args.device).type
     path, name = args.out / f"speed-{kind}.json", lambda row: [row[key] for key in ("stage", "dtype", "batch", "steps")]
-    facts = {"hardware": log.hardware(), "threads": torch.get_num_threads(), "config": args.config, "torch": torch.__version__, "diffusers": diffusers.__version__}
+    facts = {"hardware": torch.cuda.get_device_name() if kind == "cuda" else log.hardware(), "threads": torch.get_num_threads(), "config": args.config, "torch": torch.__version__, "diffusers": diffusers.__version__}
     old = weights.read_json(path) if path.exists() else {}
     rows = old["rows"] if facts.items() <= old.items() else []
     args.out.mkdir(parents=True, exist_ok=True)
@@ -277,12 +290,12 @@ def main():
         write_model(folder, args.config)
         if args.profile:
             return profiled(folder, makers, args)
-        with tqdm(total=len(args.dtypes) * (args.half + args.rounds * (1 + len(args.batches) * (4 + args.guided))), desc="speed", mininterval=1) as bar:
+        with tqdm(total=len(args.dtypes) * (args.half * args.stages.count("process") + args.rounds * (args.stages.count("load") + len(args.batches) * len(set(args.stages) - {"process", "load"}))), desc="speed", mininterval=1) as bar:
             for row in measured(folder, makers, args, bar):
                 rows = [other for other in rows if name(other) != name(row)] + [row | {"date": time.strftime("%Y-%m-%d"), "command": " ".join(["python", *sys.argv])}]
                 checkpoint.write(path, (json.dumps(facts | {"rows": rows}, indent=1) + "\n").encode())
     key = "cpu_s" if kind == "cpu" else "s"
-    chart(rows, key, path.with_suffix(".png"), f"{args.config}, {'processor seconds' if kind == 'cpu' else 'seconds'}: {facts['hardware']}, {facts['threads']} threads, {rows[-1]['date']}")
+    chart(rows, key, path.with_suffix(".png"), f"{args.config}, {'processor time' if kind == 'cpu' else 'time'}: {facts['hardware']}, {facts['threads']} threads, {rows[-1]['date']}")
     print("\n".join(table(rows, key)))
 
 

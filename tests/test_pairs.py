@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 import cli
 import pairs
+import training
 from cli import UserError
 from conftest import one_line
 from instaflow import InstaFlow
@@ -382,11 +383,24 @@ def test_a_shard_cut_or_deleted_while_it_is_in_use_is_named(copy):
 
 def test_batches_ahead_are_the_batches(made):
     data = pairs.PairDataset(made / "pairs")
-    ahead = data.ahead(lambda step: np.array([step, (7 * step + 3) % NUMBER]))
+    ahead = training.ahead(lambda step: data.batch([step, (7 * step + 3) % NUMBER]))
     for step in (0, 1, 2, 5, 6):                           # also where a step is left out
         noise, latent, prompts = ahead(step)
         wanted = data.batch([step, (7 * step + 3) % NUMBER])
         assert torch.equal(noise, wanted[0]) and torch.equal(latent, wanted[1]) and prompts == wanted[2]
+
+
+def test_pairs_of_a_small_set_are_kept_and_of_a_large_one_are_not(made, monkeypatch):
+    data = pairs.PairDataset(made / "pairs")
+    first, again = data.batch([3, 1]), data.batch([1, 3])
+    assert torch.equal(first[0], again[0].flip(0)) and torch.equal(first[1], again[1].flip(0)) and first[2] == again[2][::-1] and set(data.kept) == {1, 3}
+    monkeypatch.setattr(data.__class__, "__getitem__", lambda *args: pytest.fail("read again"))
+    data.batch([1, 3, 1])
+    monkeypatch.undo()
+    monkeypatch.setattr(pairs, "KEPT", len(data) * 8 * first[0][0].numel() - 1)
+    data = pairs.PairDataset(made / "pairs")
+    data.batch([3, 1])
+    assert not data.kept
 
 
 def test_pairs_of_other_weights_are_refused(made, copy, tiny, command):

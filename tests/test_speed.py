@@ -60,6 +60,25 @@ def test_nothing_is_packed_where_onednn_is_not(monkeypatch):
 
 
 @torch.no_grad()
+def test_graphs_are_recorded_once_a_size_and_their_output_is_not_overwritten(monkeypatch):
+    """Without a GPU: what is recorded computes into memory of its own, the same every time, as a CUDA graph does."""
+    recorded = []
+
+    def record(call, inputs):
+        recorded.append([x.shape for x in inputs])
+        memory = call(*inputs)
+        return lambda *given: memory.copy_(call(*given))
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", record)
+    layer = torch.nn.Linear(3, 5)
+    x, y, z = torch.randn(2, 3), torch.randn(2, 3), torch.randn(4, 3)
+    expected = [layer(inputs) for inputs in (x, y, z)]
+    fast.graphed(layer)
+    assert all(torch.equal(*both) for both in zip([layer(inputs) for inputs in (x, y, z)], expected))        # all of them, after the last
+    layer(x)
+    assert recorded == [[x.shape], [z.shape]]
+
+
+@torch.no_grad()
 def test_in_place_norms_only_where_no_gradient_is_wanted(tiny):
     """With gradients the VAE gives the same picture and leaves what autograd kept alone."""
     model = InstaFlow.load(tiny / "flow")
