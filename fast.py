@@ -73,14 +73,15 @@ def compiled(module, device, graphs=True):
 
 
 def graphed(module):
-    """Have a network's calls on a GPU recorded, once for each size and dtype of its inputs, and replayed from then on -> module. For networks
-    so small that a GPU computes faster than Python tells it what; all inputs are tensors, and there are no gradients."""
+    """Have a network's calls on a GPU recorded, once for each size and dtype of its inputs and of autocast, and replayed from then on -> module.
+    For networks so small that a GPU computes faster than Python tells it what; all inputs are tensors, and there are no gradients."""
     forward, graphs = module.forward, {}
 
     def replay(*inputs):
-        key = tuple((x.shape, x.dtype) for x in inputs)
+        half = torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda")
+        key = (half, *((x.shape, x.dtype) for x in inputs))
         if key not in graphs:
-            with torch.autocast("cuda", torch.get_autocast_dtype("cuda"), enabled=torch.is_autocast_enabled("cuda"), cache_enabled=False):
+            with torch.autocast("cuda", half or None, enabled=bool(half), cache_enabled=False):
                 graphs[key] = torch.cuda.make_graphed_callables(forward, tuple(x.clone() for x in inputs))
         return graphs[key](*inputs).clone()                # what comes out is overwritten by the next replay
     module.forward = replay

@@ -7,14 +7,10 @@ A killed stage goes on where it was: run the same line again.
 """
 import copy
 import dataclasses
-import functools
-import os
 import shlex
 import subprocess
 import sys
 from argparse import Namespace
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +20,6 @@ from torch import nn
 from tqdm import tqdm
 
 import cli
-import pictures
 import scenes
 import training
 from checkpoint import crc
@@ -164,14 +159,6 @@ def places(drawn, ids):
 WORLD = ("latents", "ids", "named", "shown", "related")
 
 
-def draw_world(seed, start, n=100):
-    """What `encode_world` has of n scenes -> (images [n, 3, 64, 64], token ids, named, shown, and which are related, by index)."""
-    image, captions = images(seed, start, n)
-    ids = tokenize(captions)
-    related = [start + i for i, claim in enumerate(map(scenes.parse, captions)) if len(claim.objects) == 2 and claim.relations]
-    return image, ids, *places([scenes.scene(seed, start + i) for i in range(n)], ids), torch.tensor(related)
-
-
 @torch.no_grad()
 def encode_world(vae, out, world):
     """The teacher's data, made once, of `scenes` captioned pictures -> (latents [N, 4, h, w] float16, token ids [N, 77], and
@@ -179,13 +166,14 @@ def encode_world(vae, out, world):
     s = TEACHER_TRAINING
     path = Path(out) / "training" / f"world-{s.seed}-{s.scenes}-by-{crc(vae)}.safetensors"       # another VAE's latents are another world
     if world.rank == 0 and not path.exists():
-        rows, workers = [], min(os.cpu_count(), s.scenes // 10_000 + 1)      # a process takes seconds to start
-        with ProcessPoolExecutor(workers, get_context("spawn"), torch.set_num_threads, (1,)) as pool:          # there are as many as cores already
-            drawn = pictures.ahead(pool, functools.partial(draw_world, s.seed), range(0, s.scenes, 100), 4 * workers)
-            for image, *others in tqdm(drawn, total=s.scenes // 100, desc="encoding scenes", mininterval=1):
-                with training.autocast(world.device):
-                    mean, _ = vae.encode(image.to(world.device).contiguous(memory_format=torch.channels_last))
-                rows.append((mean.half().cpu(), *others))
+        rows = []
+        for start in tqdm(range(0, s.scenes, 100), desc="encoding scenes", mininterval=1):
+            image, captions = images(s.seed, start, 100)
+            with training.autocast(world.device):
+                mean, _ = vae.encode(image.to(world.device).contiguous(memory_format=torch.channels_last))
+            ids = tokenize(captions)
+            related = [start + i for i, claim in enumerate(map(scenes.parse, captions)) if len(claim.objects) == 2 and claim.relations]
+            rows.append((mean.half().cpu(), ids, *places([scenes.scene(s.seed, start + i) for i in range(100)], ids), torch.tensor(related)))
         training.write_tensors(path, dict(zip(WORLD, map(torch.cat, zip(*rows)))))
     training.barrier()
     data = load_file(path)
@@ -245,11 +233,12 @@ STUDENT = "--batch 32 --warmup 100 --cosine --ema 0.998 --save-every 200 --sampl
 
 
 def pipeline(root, short=False):
-    """The command lines of the whole miniature, in order: the paper's pipeline, and beside it direct distillation at the cost of
-    mini-instaflow-l2 in all: its reflow's iterations and its own, and pairs of as many U-Net passes (10240 x 20 + 32768 x 16)."""
+    """The command lines of the whole miniature, in order: the paper's pipeline, and beside it direct distillation at its cost in all:
+    as many iterations as reflow and L2 have together, pairs of as many U-Net passes (10240 x 20 + 32768 x 16), and the same LPIPS."""
     n = (lambda full, little: little if short else full)
     root = shlex.quote(str(root))
     models, pairs = f"{root}/models", f"{root}/pairs"
+    lpips = f"--loss lpips --vgg {models}/mini-judge/judge.safetensors --lpips-size 0 --l2 0.05 --iterations {n(2500, 4)} --lr 1e-4 {STUDENT} --exact"
     lines = f"""
         judge.py train --out {models}/mini-judge {n("", "--images 200 --iterations 4 --check 50")}
         mini.py teacher --out {models}/mini-sd {n("", "--short")}
@@ -258,9 +247,10 @@ def pipeline(root, short=False):
         train_reflow.py --model {models}/mini-sd --pairs {pairs}/sd --out {models}/mini-2rf --iterations {n(2400, 4)} --lr 5e-4 {STUDENT} --exact
         pairs.py --model {models}/mini-2rf --prompts {pairs}/captions.txt --steps {n(8, 2)} --guidance 1.5 {n("--number 32768", "")} --out {pairs}/2rf
         distill.py --model {models}/mini-2rf --pairs {pairs}/2rf --out {models}/mini-instaflow-l2 --iterations {n(6000, 4)} --lr 3e-4 {STUDENT} --exact
-        distill.py --model {models}/mini-instaflow-l2 --pairs {pairs}/2rf --out {models}/mini-instaflow --loss lpips --vgg {models}/mini-judge/judge.safetensors --lpips-size 0 --l2 0.05 --iterations {n(2500, 4)} --lr 1e-4 {STUDENT} --exact
+        distill.py --model {models}/mini-instaflow-l2 --pairs {pairs}/2rf --out {models}/mini-instaflow {lpips}
         pairs.py --model {models}/mini-sd --prompts {pairs}/captions.txt --steps {n(10, 2)} --guidance {GUIDANCE} {n("--number 36454", "")} --out {pairs}/sd-more
-        distill.py --model {models}/mini-sd --pairs {pairs}/sd-more --out {models}/mini-direct --iterations {n(8400, 4)} --lr 3e-4 {STUDENT} --exact
+        distill.py --model {models}/mini-sd --pairs {pairs}/sd-more --out {models}/mini-direct-l2 --iterations {n(8400, 4)} --lr 3e-4 {STUDENT} --exact
+        distill.py --model {models}/mini-direct-l2 --pairs {pairs}/sd-more --out {models}/mini-direct {lpips}
         experiments.py table --models {models} --judge {models}/mini-judge --out {root}/benchmarks/miniature.json {n("", "--n 100 --rows mini-2rf:1,mini-instaflow:1")}
         """.splitlines()
     return [" ".join(line.split()) for line in lines if line.strip()]

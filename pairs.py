@@ -34,7 +34,7 @@ import weights
 from cli import UserError
 from instaflow import InstaFlow, grid, to_pil
 
-KEPT = 2 ** 32                                             # bytes of pairs that are kept in memory once read
+KEPT = 2 ** 30                                             # bytes of pairs, as float32, that a process keeps in memory once it has read them
 STREAM = 1                                                 # sampling and evaluation have stream 0
 PART = 512                                                 # pairs: an A100 makes 200,000 a day (the paper's cost), so some four minutes
 TENSORS = ("checksum", "index", "latent", "prompt", "prompt_end", "seed")
@@ -170,8 +170,8 @@ class PairDataset:
         return {"noise": noise, "latent": latent, "prompt": prompt}
 
     def batch(self, indices):
-        """-> (noise [B, 4, h, w], latent [B, 4, h, w], prompts list[str]). The pairs of a small set are kept: a GPU trains a
-        small network faster than their noise is made."""
+        """-> (noise [B, 4, h, w], latent [B, 4, h, w], prompts list[str]). The pairs of a small set are kept (KEPT): a GPU
+        trains a small network faster than their noise is made."""
         rows = []
         for i in map(int, indices):
             rows.append(self.kept.get(i) or self[i])
@@ -207,9 +207,11 @@ def make(words):
     args = parser.parse_args(words)
 
     world = training.start(args.device)
+    if args.graphs and world.device.type != "cuda":
+        raise UserError("--graphs is for a GPU; leave it out")
     prompts = cli.Prompts(args.prompts)
     model = InstaFlow.load(args.model, world.device)
-    if args.graphs and world.device.type == "cuda":
+    if args.graphs:
         fast.graphed(model.unet)
     first = next(iter(sorted(Path(args.out).glob("shard-*.safetensors"))), None)             # a part tells as much as a shard
     old = json.loads(open_shard(first).metadata()["json"]) if first else {}

@@ -70,13 +70,19 @@ def _bpe():
     return bpe
 
 
+@functools.lru_cache(maxsize=1000)
+def _warn(message):
+    """Once a prompt: a training meets it in every epoch."""
+    print(message, file=sys.stderr)
+
+
 @functools.lru_cache(maxsize=2**16)
 def _ids(prompt, length):
-    """A prompt's tokens, as many as fit. Kept, and so warned of once: a training meets a prompt in every epoch."""
+    """A prompt's tokens, as many as fit; the last prompts' are kept."""
     ids = _bpe().encode(prompt)
     if len(ids) > length - 2:
         cut = _bpe().decode(ids[length - 2:]).strip()
-        print(f"warning: the prompt is {len(ids)} tokens long, and {length - 2} fit; cut off: \"{cut if len(cut) <= 400 else cut[:400] + '...'}\"", file=sys.stderr)
+        _warn(f"warning: the prompt is {len(ids)} tokens long, and {length - 2} fit; cut off: \"{cut if len(cut) <= 400 else cut[:400] + '...'}\"")
     return ids[:length - 2]
 
 

@@ -48,6 +48,8 @@ def start(device=None, hours=24):
     process may keep the others waiting before they give the run up for dead. Raises UserError where there is no GPU for each."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if "RANK" not in os.environ:
+        if torch.device(device).type == "cuda" and torch.device(device).index is not None:             # graphs and the name are the current device's
+            torch.cuda.set_device(device)
         return World(0, 1, torch.device(device))
     if torch.device(device).type == "cuda":
         local, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()               # never RANK: it counts over all nodes
@@ -111,6 +113,8 @@ def plain_attention(device):
 
 def prepare(unet, args, world):
     """A U-Net to be trained -> (its average over the steps, AdamW, the network that the loop calls)."""
+    if args.graphs and (world.size > 1 or world.device.type != "cuda" or args.accumulate > 1 or args.checkpoint or args.compile):
+        raise cli.UserError("--graphs is for one process with a GPU, and goes with none of --accumulate, --checkpoint and --compile; leave it out")
     ema, optimizer = copy.deepcopy(unet).eval(), adamw(unet, args.lr, args.weight_decay)
     if args.checkpoint:
         checkpoint_gradients(unet, world.device)
@@ -122,8 +126,6 @@ def prepare(unet, args, world):
             if re.fullmatch(r"((first|second)\.)?(down_blocks\.\d+|mid_block|up_blocks\.\d+)", name):
                 module.compile(dynamic=False)              # blocks differ in size, which else is taken for a size that changes
     if args.graphs:
-        if world.size > 1 or world.device.type != "cuda" or args.accumulate > 1 or args.checkpoint or args.compile:
-            raise cli.UserError("--graphs is for one process with a GPU, and goes with none of --accumulate, --checkpoint and --compile; leave it out")
         size, batch = unet.config.sample_size, args.batch
         inputs = like(batch, unet.config.in_channels, size, size).to(memory_format=torch.channels_last), like(batch), like(batch, 77, unet.config.cross_attention_dim)
         with torch.autocast("cuda", torch.bfloat16, enabled=not args.float32, cache_enabled=False):

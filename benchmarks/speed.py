@@ -150,7 +150,7 @@ def stages(sides, args, dtype, flop, bar):
             out = {name: y.clone() if torch.is_tensor(y := task(side)) else y for name, side in sides.items()}
         pil = isinstance(out["ours"], list)
         differences.append({} if pil else {"largest_difference": max(float((out[name] - out["diffusers"]).abs().max() / out["diffusers"].abs().max()) for name in out if name.startswith("ours"))})
-    best = ceiling(device, dtype) if tasks else None
+    best = ceiling(device, dtype)
     for (stage, batch, steps, work, task), difference in zip(tasks, differences):
         times = in_turns({name: (lambda side=side: clocked(lambda: task(side), device)) for name, side in sides.items()}, args.rounds, bar)
         yield {"stage": stage, "dtype": str(dtype)[6:], "batch": batch, "steps": steps, "tflop": work * batch / 1e12, "floor_s": work * batch / best[0], "floor_cpu_s": work * batch / best[1], "times": times} | difference
@@ -191,7 +191,8 @@ def measured(folder, makers, args, bar):
         if "load" in args.stages:
             yield {"stage": "load", "dtype": str(dtype)[6:], "batch": 1, "steps": 1, "times": in_turns(loads, args.rounds, bar)}
         torch.compiler.reset()
-        yield from stages({name: make(folder, args.device, dtype) for name, make in makers.items()}, args, dtype, flop, bar)
+        if set(args.stages) - {"process", "load"}:
+            yield from stages({name: make(folder, args.device, dtype) for name, make in makers.items()}, args, dtype, flop, bar)
 
 
 @torch.no_grad()

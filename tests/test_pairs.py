@@ -390,6 +390,10 @@ def test_batches_ahead_are_the_batches(made):
         assert torch.equal(noise, wanted[0]) and torch.equal(latent, wanted[1]) and prompts == wanted[2]
 
 
+def test_graphs_are_refused_without_a_gpu(again):
+    assert one_line(again("--graphs"), "--graphs is for a GPU; leave it out")
+
+
 def test_pairs_of_a_small_set_are_kept_and_of_a_large_one_are_not(made, monkeypatch):
     data = pairs.PairDataset(made / "pairs")
     first, again = data.batch([3, 1]), data.batch([1, 3])
