@@ -277,7 +277,7 @@ def main():
     teacher.set_defaults(run=lambda args, world: train_teacher(args.out, world, args.compile))
     teacher.add_argument("--out", type=cli.folder, required=True, help="folder of the model")
     teacher.add_argument("--compile", action="store_true", help="torch.compile: two minutes, then faster or slower by the processor; needs a C++ compiler")
-    everything = commands.add_parser("all", doc="The whole pipeline from nothing: some nine hours of two CPU cores.")
+    everything = commands.add_parser("all", doc="The whole pipeline from nothing: some ten hours of two CPU cores.")
     everything.set_defaults(run=run_all)
     everything.add_argument("--root", default="runs/mini", help="where models/ and pairs/ are made")
     for command in (teacher, everything):

@@ -382,11 +382,11 @@ def test_a_shard_cut_or_deleted_while_it_is_in_use_is_named(copy):
 
 
 def test_batches_ahead_are_the_batches(made):
-    data = pairs.PairDataset(made / "pairs")
+    data, again = pairs.PairDataset(made / "pairs"), pairs.PairDataset(made / "pairs")
     ahead = training.ahead(lambda step: data.batch([step, (7 * step + 3) % NUMBER]))
     for step in (0, 1, 2, 5, 6):                           # also where a step is left out
         noise, latent, prompts = ahead(step)
-        wanted = data.batch([step, (7 * step + 3) % NUMBER])
+        wanted = again.batch([step, (7 * step + 3) % NUMBER])
         assert torch.equal(noise, wanted[0]) and torch.equal(latent, wanted[1]) and prompts == wanted[2]
 
 
@@ -396,12 +396,14 @@ def test_graphs_are_refused_without_a_gpu(again):
 
 def test_pairs_of_a_small_set_are_kept_and_of_a_large_one_are_not(made, monkeypatch):
     data = pairs.PairDataset(made / "pairs")
-    first, again = data.batch([3, 1]), data.batch([1, 3])
-    assert torch.equal(first[0], again[0].flip(0)) and torch.equal(first[1], again[1].flip(0)) and first[2] == again[2][::-1] and set(data.kept) == {1, 3}
-    monkeypatch.setattr(data.__class__, "__getitem__", lambda *args: pytest.fail("read again"))
-    data.batch([1, 3, 1])
-    monkeypatch.undo()
-    monkeypatch.setattr(pairs, "KEPT", len(data) * 8 * first[0][0].numel() - 1)
+    one, three = data[1], data[3]
+    data.batch([3, 1])
+    assert set(data.kept) == {1, 3}
+    with monkeypatch.context() as patch:
+        patch.setattr(pairs.PairDataset, "__getitem__", lambda *args: pytest.fail("read again"))
+        noise, latent, prompts = data.batch([1, 3, 1])
+    assert all(torch.equal(x, row["noise"]) and torch.equal(y, row["latent"]) and prompt == row["prompt"] for x, y, prompt, row in zip(noise, latent, prompts, (one, three, one)))
+    monkeypatch.setattr(pairs, "KEPT", len(data) * 8 * one["noise"].numel() - 1)
     data = pairs.PairDataset(made / "pairs")
     data.batch([3, 1])
     assert not data.kept
