@@ -62,13 +62,17 @@ def main():
     data, model = PairDataset(args.pairs), InstaFlow.load(args.model, world.device)
     data.check(model, args.model, seen=bool(model.info.get("trained_steps")))
     distance = LPIPS(args.vgg, args.linear).to(world.device) if args.loss == "lpips" else None
-    if args.stacked and not model.unet.config.stacked:
+    stack = args.stacked and not model.unet.config.stacked
+    if stack and args.exact:
+        raise UserError("--exact is to start at the teacher's flow, and two U-Nets in series do not start there; leave it out")
+    predicts = "velocity" if stack else to_predict(model, args.exact, args.model)
+    if stack:
         model.unet = StackedUNet.from_unet(model.unet)
     unet = model.unet.requires_grad_(True)
     ema, optimizer, net = training.prepare(unet, args, world)
     if distance:                                           # a decoder's activations at 512 pixels are several GB a picture
         training.checkpoint_gradients(model.vae, world.device)
-    info = {"prediction": to_predict(model, args.exact, args.model), "sampler": "euler", "steps": 1, "guidance": 1.0, "pairs": data.info}
+    info = {"prediction": predicts, "sampler": "euler", "steps": 1, "guidance": 1.0, "pairs": data.info}
     flow = InstaFlow(ema, model.vae, model.text, info, model.base)
     folder, operations = f"{args.out}/training", model.operations()
     work = 3 * operations["unet"] + bool(distance) * 3 * operations["decoder"]               # both decoded, one of them with its gradient
