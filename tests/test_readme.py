@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -39,10 +40,25 @@ def test_a_file_imports_only_files_above_it():
                 assert other not in order[i:], f"{name}.py imports {other}.py, which stands below it"
 
 
-def test_nothing_is_left_to_fill_in_and_pictures_exist():
-    assert not re.findall(r"\b(?:RESULTS|MINI|RUN)_[A-Z]+|TODO|XXX", README)
-    for path in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", README):
-        assert (ROOT / path).is_file(), path
+PAGES = [ROOT / "README.md", *sorted((ROOT / "benchmarks").glob("*.md"))]
+
+
+def headings(page):
+    """Anchors of a page's headings, as GitHub makes them."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.M | re.S)
+    return {re.sub(r"[^\w -]", "", line.strip().lower()).replace(" ", "-") for line in re.findall(r"^#+ (.*)$", text, re.M)}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_nothing_is_left_to_fill_in_and_what_is_linked_exists(page):
+    text = page.read_text()
+    assert not re.findall(r"\b(?:RESULTS|MINI|RUN)_[A-Z]+|TODO|XXX|@@", text)
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        path, _, anchor = link.partition("#")
+        if not path.startswith("http"):
+            target = page.parent / path if path else page
+            assert target.is_file(), link
+            assert not anchor or anchor in headings(target), link
 
 
 def test_the_pipelines_lines_are_those_that_mini_runs():

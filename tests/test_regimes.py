@@ -1,6 +1,6 @@
 """Reflow against direct distillation: that what is called equal is equal, counted from the command lines themselves."""
-import importlib.util
 import shlex
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,36 +8,31 @@ import pytest
 import mini
 
 ROOT = Path(__file__).resolve().parent.parent
-spec = importlib.util.spec_from_file_location("regimes", ROOT / "benchmarks" / "regimes.py")
-regimes = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(regimes)
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import recipes
+import regimes
 
 
 def flag(words, name):
     return words[words.index(name) + 1]
 
 
+def behind(lines, out):
+    """Outs of the lines that the model or pairs `out` needs, its own among them: each once, however many others need it."""
+    words = next((words for words in map(shlex.split, lines) if flag(words, "--out") == out), [])
+    needs = [flag(words, name) for name in ("--model", "--pairs") if name in words]
+    return {out}.union(*(behind(lines, path) for path in needs)) if words else set()
+
+
 def passes(lines, out):
     """U-Net passes behind the model or pairs `out`: a guided step is two, a training picture three (a backward pass is two forward ones)."""
-    for line in lines:
-        words = shlex.split(line)
-        if flag(words, "--out") != out:
-            continue
-        if words[0] == "pairs.py":
-            own = int(flag(words, "--number")) * int(flag(words, "--steps")) * 2
-        elif words[0] in ("train_reflow.py", "distill.py"):
-            own = int(flag(words, "--iterations")) * int(flag(words, "--batch")) * 3
-        else:
-            return 0
-        needs = [flag(words, name) for name in ("--model", "--pairs") if name in words]
-        return own + sum(passes(lines, path) for path in set(needs))
-    return 0                                               # what nobody here makes: the teacher
-
-
-def after_reflow(lines, pairs, student):
-    """Passes of reflow, the 2-rectified flow's pairs and distillation on those. (What is behind the flow is behind its pairs too, and counted once.)"""
-    words = next(words for words in map(shlex.split, lines) if flag(words, "--out") == student)
-    return passes(lines, pairs) + 3 * int(flag(words, "--iterations")) * int(flag(words, "--batch"))
+    total, outs = 0, behind(lines, out)
+    for words in map(shlex.split, lines):
+        if words[0] == "pairs.py" and flag(words, "--out") in outs:
+            total += int(flag(words, "--number")) * int(flag(words, "--steps")) * 2
+        elif words[0] in ("train_reflow.py", "distill.py") and flag(words, "--out") in outs:
+            total += int(flag(words, "--iterations")) * int(flag(words, "--batch")) * 3
+    return total
 
 
 @pytest.mark.parametrize("regime", regimes.REGIMES)
@@ -47,14 +42,27 @@ def test_equal_is_equal(regime, seed):
     parsed = {flag(words, "--out"): words for words in map(shlex.split, lines)}
     reflowed, direct, total = (parsed[f"{folder}/{route}"] for route in regimes.ROUTES)
     assert flag(reflowed, "--iterations") == flag(direct, "--iterations") and flag(reflowed, "--batch") == flag(direct, "--batch")
-    assert 0 <= after_reflow(lines, f"{folder}/pairs", f"{folder}/reflowed") - passes(lines, f"{folder}/direct-total") < 20      # less than a pair
+    assert 0 <= passes(lines, f"{folder}/reflowed") - passes(lines, f"{folder}/direct-total") < 20      # less than a pair
     for words in (reflowed, direct, total):
-        assert words.count("--exact") == (regime == "exact") and flag(words, "--seed") == str(seed)
+        assert words.count("--exact") == (regime != "raw") and flag(words, "--seed") == str(seed)
+
+
+@pytest.mark.parametrize("seed", (0, 1))
+def test_recipes_at_equal_cost(seed):
+    lines, own = recipes.lines("root", seed), f"root/{{}}-{seed}/{{}}".format
+    cost = {recipe: passes(lines, own(recipe, "reflowed")) for recipe in ("exact", "u-shaped", "huber", "3rf", "longer")}
+    assert cost["exact"] == cost["u-shaped"] == cost["huber"] < cost["3rf"] == cost["longer"]
+    parsed = {flag(words, "--out"): words for words in map(shlex.split, lines)}
+    assert len(parsed) == len(lines)                       # nothing is written twice
+    reflows = [parsed[own(recipe, "2rf")] for recipe in ("exact", "u-shaped", "huber")]
+    assert [("u-shaped" in words, "--huber" in words) for words in reflows] == [(False, False), (True, False), (False, True)]
+    for words in parsed.values():
+        assert words[0] in ("scenes.py", "pairs.py") or flag(words, "--seed") == str(seed) and flag(words, "--batch") == "32" and "--exact" in words
 
 
 def test_the_shipped_direct_student_cost_what_the_reflowed_one_did():
     lines = mini.pipeline("root")
-    more = after_reflow(lines, "root/pairs/2rf", "root/models/mini-instaflow-l2") - passes(lines, "root/models/mini-direct-l2")
+    more = passes(lines, "root/models/mini-instaflow-l2") - passes(lines, "root/models/mini-direct-l2")
     assert 0 <= more < 20                                  # less than one pair of the teacher's
     lpips = [line.split(" --loss ")[1] for line in lines if " --loss " in line]
     assert len(lpips) == 2 and lpips[0] == lpips[1]
