@@ -1,6 +1,6 @@
 """What other recipes of reflow bring beside the paper's: Lee et al. 2024's time and loss, and a second reflow.
 
-    python benchmarks/recipes.py         # after benchmarks/regimes.py, whose 2-rectified flows it shares: an hour of two cores more
+    python benchmarks/recipes.py         # after benchmarks/regimes.py, whose 2-rectified flows it shares: an hour and a half of two cores more
 
 All from the exact start, in regimes.py's budgets. At the paper's recipe's cost:
   u-shaped      t is drawn mostly near 0 and 1
@@ -16,7 +16,7 @@ from regimes import DISTIL, FLOW_STEPS, PAIRS, REFLOW, REGIMES, arguments, gener
 import cli
 import mini
 
-FLAGS = {"paper": "", "u-shaped": "--density u-shaped", "huber": "--huber"}
+FLAGS = {"u-shaped": "--density u-shaped", "huber": "--huber"}
 _, GUIDANCE, LR, _, AFTER = REGIMES["exact"]
 
 
@@ -30,8 +30,7 @@ def lines(root, seed):
                 generate(root, own(recipe, flow), FLOW_STEPS, mini.GUIDANCE, PAIRS, own(recipe, "pairs"), seed),
                 train("distill.py", own(recipe, flow), own(recipe, "pairs"), own(recipe, "reflowed"), DISTIL, AFTER, seed, "--exact")]
     for recipe, flags in FLAGS.items():
-        if flags:
-            made += student(recipe, "models/mini-sd", f"{root}/pairs-{GUIDANCE}-{PAIRS}", flags)
+        made += student(recipe, "models/mini-sd", f"{root}/pairs-{GUIDANCE}-{PAIRS}", flags)
     return made + student("3rf", f"{paper}/2rf", f"{paper}/pairs", "", "3rf") + [
         generate(root, f"{paper}/2rf", FLOW_STEPS, mini.GUIDANCE, 2 * PAIRS, own("longer", "pairs"), seed),
         train("distill.py", f"{paper}/2rf", own("longer", "pairs"), own("longer", "reflowed"), REFLOW + DISTIL, AFTER, seed, "--exact")]
@@ -42,7 +41,7 @@ def main():
     for seed in args.seeds:
         for words in lines(args.root, seed):
             mini.run(words)
-    recipes, name = [*FLAGS, "3rf", "longer"], "{}, seed {}, {}".format
+    recipes, name = ["paper", *FLAGS, "3rf", "longer"], "{}, seed {}, {}".format
     students = {}
     for recipe in recipes:
         for seed in args.seeds:
