@@ -4,6 +4,7 @@
     python experiments.py guidance              # FID against exact match over guidance strengths
     python experiments.py straightness          # how far the velocity is from the straight line, along t
     python experiments.py steps                 # exact match and FID against the number of steps
+    python experiments.py where                 # where along t a flow loses what its teacher draws
     python experiments.py shared-noise          # what each model draws from the same noise, and how far that is from its teacher's
     python experiments.py interpolation         # what lies between two noises
 
@@ -23,10 +24,11 @@ import scenes
 import training
 from cli import UserError
 from instaflow import InstaFlow, to_pil
-from measure import SEED, Evaluation, content, identity, keep, milliseconds, straightness
+from measure import SEED, Evaluation, content, identity, keep, milliseconds, straightness, teacher
 from sample import slerp
 
 TABLE = "mini-sd:25,mini-sd:4,mini-sd:2,mini-sd:1,mini-2rf:25,mini-2rf:4,mini-2rf:2,mini-2rf:1,mini-direct:1,mini-instaflow:1,mini-instaflow:2,mini-instaflow:4"
+FLOOR = "VAE reconstructions"                               # what no model on their latents can beat
 PROMPTS = ["a red circle left of a blue square", "a large green heart", "a blue ring above a yellow square", "a purple circle on a dark background", "a small orange square"]
 
 
@@ -84,8 +86,7 @@ def table(args):
 def guidance(args):
     """FID against exact match over guidance strengths: pairs bake the choice in, so look before generating them."""
     rows, evaluation = chosen(args), Evaluation(args, args.n, args.split)
-    floor, point = "VAE reconstructions", lambda item, alpha: f"{item}, guidance {alpha:g}"
-    wanted = {floor: evaluation.floor(rows[0][2])}
+    point, wanted = lambda item, alpha: f"{item}, guidance {alpha:g}", {FLOOR: evaluation.floor(rows[0][2])}
     for item, _, model, steps in rows:
         wanted |= {point(item, alpha): evaluation.row(point(item, alpha), model, steps, alpha) for alpha in args.values}
     kept = keep(beside(args), wanted)
@@ -93,7 +94,7 @@ def guidance(args):
         print(f"{name}: exact match {row['exact']:.3f}, FID {row['fid']:.2f}")
     import figures                                         # matplotlib, only where a figure is drawn
     figures.curves({item: [[[kept[point(item, alpha)][measure] for alpha in args.values] for measure in ("exact", "fid")]] for item, *_ in rows}, [dict(
-        title=f"At the points: guidance strength (w on noise, α on velocity)\n{args.n} captions; VAE reconstructions: {kept[floor]['exact']:.3f}, {kept[floor]['fid']:.2f}",
+        title=f"At the points: guidance strength (w on noise, α on velocity)\n{args.n} captions; VAE reconstructions: {kept[FLOOR]['exact']:.3f}, {kept[FLOOR]['fid']:.2f}",
         xlabel="exact match (share of captions shown; right is better)", ylabel="FID in the judge's features (low is better)", yscale="log")],
         args.out, notes=[f"{alpha:g}" for alpha in args.values])
 
@@ -114,22 +115,39 @@ def along_time(args):
                          ylabel="E ‖(Z₁ − Z₀) − v(Zₜ, t)‖² per latent element", yscale="log")], args.out)
 
 
-def steps(args):
-    """Exact match and FID against the number of steps, each model at its own guidance."""
-    rows, evaluation, floor = chosen(args, counted=False), Evaluation(args, args.n, args.split), "VAE reconstructions"
-    wanted = {floor: evaluation.floor(rows[0][2])}
-    for _, name, model, _ in rows:
-        wanted |= {f"{name}:{number}": evaluation.row(f"{name}:{number}", model, number) for number in args.steps}
-    kept = keep(beside(args), wanted)
+def against(args, kept, points, values, title, **axis):
+    """Draws exact match, and FID, against `values`, at the rows of `kept` named by points {line: names}, and prints them."""
     for name, row in kept.items():
         print(f"{name}: exact match {row['exact']:.3f}, FID {row['fid']:.2f}")
     import figures
-    of = lambda names: [(args.steps, [kept[name][measure] for name in names]) for measure in ("exact", "fid")]
-    lines = {name: of([f"{name}:{number}" for number in args.steps]) for _, name, *_ in rows}
-    axis = dict(xlabel="steps of the sampler", xscale="log", xticks=args.steps)
-    figures.curves({**lines, floor: of([floor] * len(args.steps))}, [
-        dict(axis, title=f"{args.n} captions, each model at its own guidance", ylabel="exact match (share of captions shown)", ylim=(-0.02, 1.02)),
-        dict(axis, ylabel="FID in the judge's features (low is better)", yscale="log")], args.out, floor)
+    points |= {FLOOR: [FLOOR] * len(values)}
+    lines = {line: [(values, [kept[name][measure] for name in names]) for measure in ("exact", "fid")] for line, names in points.items()}
+    figures.curves(lines, [dict(axis, title=title, ylabel="exact match (share of captions shown)", ylim=(-0.02, 1.02)),
+                           dict(axis, ylabel="FID in the judge's features (low is better)", yscale="log")], args.out, FLOOR)
+
+
+def steps(args):
+    """Exact match and FID against the number of steps, each model at its own guidance."""
+    rows, evaluation = chosen(args, counted=False), Evaluation(args, args.n, args.split)
+    points = {name: [f"{name}:{number}" for number in args.steps] for _, name, *_ in rows}
+    wanted = {FLOOR: evaluation.floor(rows[0][2])}
+    for _, name, model, _ in rows:
+        wanted |= {f"{name}:{number}": evaluation.row(f"{name}:{number}", model, number) for number in args.steps}
+    against(args, keep(beside(args), wanted), points, args.steps, f"{args.n} captions, each model at its own guidance", xlabel="steps of the sampler", xscale="log", xticks=args.steps)
+
+
+def where(args):
+    """Where along t a flow loses what its teacher draws: exact match and FID of pictures that start at time t, on the line between noise and the
+    teacher's end, and go on by the flow's own velocity, in as many of its steps as are left, without guidance, as it was trained."""
+    rows, evaluation = chosen(args, counted=False), Evaluation(args, args.n, "train")
+    points = {name: [f"{name} from t = {t:g}" for t in args.times] for _, name, *_ in rows}
+    wanted = {FLOOR: evaluation.floor(rows[0][2])}
+    for _, name, model, _ in rows:
+        whose = teacher(args.models, name, model)
+        if whose is None:
+            raise UserError(f"{args.models} has not the model that made the pairs {name} was trained on, so there are no ends to start near; put it there")
+        wanted |= {point: evaluation.continued(point, model, Path(args.models), whose, t) for point, t in zip(points[name], args.times)}
+    against(args, keep(beside(args), wanted), points, args.times, f"{args.n} captions, no guidance; at t = 1 the teacher's own ends", xlabel="where the flow starts: t, on the line to its teacher's end")
 
 
 @torch.no_grad()
@@ -177,6 +195,7 @@ COMMANDS = {                                               # function, default o
     "guidance": (guidance, "mini-sd:25,mini-2rf:25,mini-2rf:1", 500),
     "straightness": (along_time, "mini-sd,mini-2rf,mini-direct,mini-instaflow", 100),
     "steps": (steps, "mini-sd,mini-2rf,mini-direct,mini-instaflow", 500),
+    "where": (where, "mini-2rf", 1000),
     "shared-noise": (shared_noise, "mini-sd:25,mini-sd:1,mini-2rf:25,mini-2rf:1,mini-direct:1,mini-instaflow:1", 500),
     "interpolation": (interpolation, "mini-sd:25,mini-2rf:1,mini-instaflow:1", None),
 }
@@ -190,7 +209,7 @@ def main():
         add = command.add_argument
         command.set_defaults(run=function, png=name != "table")
         add("--models", default="models", help="the folder that holds the models")
-        add("--rows", default=rows, help=("MODEL,..." if name in ("straightness", "steps") else "MODEL:STEPS,...") + " (default: %(default)s)")
+        add("--rows", default=rows, help=("MODEL,..." if name in ("straightness", "steps", "where") else "MODEL:STEPS,...") + " (default: %(default)s)")
         add("--device", type=cli.device, default="cuda" if torch.cuda.is_available() else "cpu")
         add("--out", type=Path, default=Path("benchmarks") / ("miniature.json" if name == "table" else f"{name}.png"), help="default: %(default)s")
         if n:
@@ -198,6 +217,7 @@ def main():
             add("--seed", type=cli.seed, default=0, help="of the noise")
         if name in ("table", "guidance", "steps"):
             add("--split", choices=scenes.SPLITS, default="train", help="held-out: scenes with pairs of colour and shape that no training has")
+        if name in ("table", "guidance", "steps", "where"):
             add("--judge", default="models/mini-judge")
         if name == "table":
             add("--held-out", type=cli.positive, metavar="N", help="captions of the column of unseen pairs (default: a quarter of --n)")
@@ -205,6 +225,8 @@ def main():
             add("--values", type=cli.number(), nargs="+", default=[1.0, 1.5, 2.0, 3.0, 4.0], help="of the guidance strength")
         if name == "steps":
             add("--steps", type=cli.positive, nargs="+", default=[1, 2, 4, 8, 16, 32, 64])
+        if name == "where":
+            add("--times", type=cli.number(0, 1), nargs="+", default=[0.0, 0.04, 0.08, 0.16, 0.24, 0.4, 0.6, 0.8, 1.0], help="t to start from")
         if name == "shared-noise":
             add("prompt", nargs="*", help="the columns")
         if name == "interpolation":

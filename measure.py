@@ -87,6 +87,16 @@ class Evaluation:
         """For `keep`: the scores of a model's pictures."""
         return f"{identity(model)}, {self.of}", lambda: self.scores(pictures(model, latents(model, self.captions, self.seed, steps, guidance, desc=name)))
 
+    def continued(self, name, model, folder, whose, t):
+        """For `keep`: the scores of pictures that start at time t on the line between noise and the end of the teacher `whose` (its name in
+        `folder`, steps, guidance, sampler), and go on by the model itself, without guidance."""
+        def measure():
+            x1, drawn = ends(folder / whose[0], len(self.captions), self.seed, model.device, *whose[1:]), []
+            for (x0, context, null), end in zip(batches(model, self.captions, self.seed, name), x1.split(BATCH), strict=True):
+                drawn.append(model.solve_from(t, x0, end, context, null, guidance=1.0))
+            return self.scores(pictures(model, torch.cat(drawn)))
+        return f"{identity(model)}, teacher {whose}, {self.of}", measure
+
     def floor(self, model):
         """For `keep`: the scores of reconstructions, which no model beats."""
         return f"VAE {crc(model.vae)}, {self.of}", lambda: self.scores(reconstruct(model, self.images))
@@ -118,13 +128,12 @@ def ends(path, n, seed, device, steps, guidance, sampler):
 
 def teacher(folder, name, model):
     """Whose path's end a model is to reach: of the model in `folder` that made the pairs it was trained on, as they were made; without
-    pairs, of itself -> (its name, steps, guidance, sampler), or None where that model is not there."""
+    pairs, of itself -> (its name, steps, guidance, sampler), or None where that very model is not there."""
     made = model.info.get("pairs")
     if not made:
         return name, *(model.info[key] for key in ("steps", "guidance", "sampler"))
     path = Path(folder) / Path(made["model"]).name
     if not path.is_dir() or made.get("weights") not in (None, weights.checksum(path)):
-        print(f"note: {path} is not the model that made the pairs {name} was trained on, so no distance to its teacher is measured", file=sys.stderr)
         return None
     return path.name, *(made[key] for key in ("steps", "guidance", "sampler"))
 
@@ -134,6 +143,8 @@ def content(folder, name, model, steps, n, seed=0):
     element, between what the model and its teacher ("teacher", solved as its pairs were made) reach from the same noise and prompt, which no
     training saw. "unrelated": the same between two of the teacher's of other noises and prompts: what keeping nothing would give."""
     whose = teacher(folder, name, model)
+    if whose is None:
+        print(f"note: {folder} has not the model that made the pairs {name} was trained on, so no distance to its teacher is measured", file=sys.stderr)
 
     def measure():
         if whose is None:

@@ -107,8 +107,25 @@ def test_another_teacher_than_the_pairs_is_none(models, capsys):
     flow, before = InstaFlow.load(models / "flow"), measure.content(models, "flow", InstaFlow.load(models / "flow"), 1, 2)[0]
     shutil.copy(models / "flow" / "unet" / weights.UNET_FILE, models / "teacher" / "unet")
     after, measured = measure.content(models, "flow", flow, 1, 2)
-    assert measured() == {} and "teacher is not the model" in capsys.readouterr().err
+    assert measured() == {} and "has not the model that made the pairs flow" in capsys.readouterr().err
     assert before != after                                 # or a number kept before would stand
+
+
+def test_a_flow_goes_on_from_its_teachers_line(models, monkeypatch):
+    """From t = 0 it is the flow itself, unguided; from t = 1 its teacher's end; between, Euler's steps from the point of the line."""
+    monkeypatch.setattr(measure, "BATCH", 2)
+    flow, captions = InstaFlow.load(models / "flow"), list(scenes.captions(measure.SEED, 0, 3))
+    whose = measure.teacher(models, "flow", flow)
+    teacher = InstaFlow.load(models / "teacher")
+    teacher.info["sampler"] = whose[3]
+    evaluation = SimpleNamespace(captions=captions, seed=6, of="", scores=lambda images: images)
+    start = lambda t: measure.Evaluation.continued(evaluation, "", flow, models, whose, t)[1]()
+    x0, x1, context = flow.noise(6, 0, 3), teacher.latents(captions, 2, 3.0, seed=6), flow.text(captions)
+    by_hand = flows.interpolate(x0, x1, torch.full((3,), 0.92))
+    by_hand = by_hand + 0.04 * flow.velocity(by_hand, torch.full((3,), 0.92), context).detach()
+    by_hand = by_hand + 0.04 * flow.velocity(by_hand, torch.full((3,), 0.96), context).detach()
+    for t, latents in ((0, flow.latents(captions, guidance=1.0, seed=6)), (1, x1), (0.92, by_hand)):
+        torch.testing.assert_close(start(t), measure.pictures(flow, latents), rtol=0, atol=5e-3)     # random decoders multiply rounding
 
 
 # --- what is kept ---
@@ -184,6 +201,9 @@ def small(monkeypatch):
         def row(self, name, model, steps, guidance=None):
             return measure.identity(model) + self.images, lambda: self.scores((name, steps, guidance))
 
+        def continued(self, name, model, folder, whose, t):
+            return f"{measure.identity(model)} {whose}", lambda: self.scores((name, whose[:2], t))
+
         def floor(self, model):
             return self.images, lambda: self.scores("floor")
     monkeypatch.setattr(experiments, "Evaluation", Judged)
@@ -202,8 +222,9 @@ def test_the_table_has_a_line_a_row_and_every_column(command, small, models, tmp
     assert err.count(", S\n") == 2 and err.count(", ms\n") == 3              # S once a model
 
 
-def test_guidance_and_steps_measure_each_point_once_and_draw(command, small, models, tmp_path):
-    for words, points in ((("guidance", "--rows", "teacher:4,flow:1", "--values", 1, 2), {("teacher:4, guidance 2", 4, 2.0), ("flow:1, guidance 1", 1, 1.0)}),
+def test_figures_of_points_measure_each_once_and_draw(command, small, models, tmp_path):
+    for words, points in ((("where", "--rows", "teacher,flow", "--times", 0, 0.5), {("flow from t = 0.5", ("teacher", 2), 0.5), ("flow from t = 0", ("teacher", 2), 0.0)}),
+                          (("guidance", "--rows", "teacher:4,flow:1", "--values", 1, 2), {("teacher:4, guidance 2", 4, 2.0), ("flow:1, guidance 1", 1, 1.0)}),
                           (("steps", "--rows", "teacher,flow", "--steps", 1, 4), {("teacher:4", 4, None), ("flow:1", 1, None)})):
         line = ("experiments.py", *words, "--models", models, "--n", 2, "--device", "cpu", "--out", tmp_path / f"{words[0]}.png")
         status, out, err = command(*line)
@@ -230,7 +251,13 @@ def test_the_judge_scores_a_shipped_model(command, tmp_path):
     (("interpolation", "--rows", "flow:1", "--out", "i.jpg"), ("--out i.jpg", "PNG")),
     (("table", "--n", "1"), ("--n",)),
     (("shared-noise", "--seed", "-1"), ("--seed",)),
+    (("where", "--times", "1.5"), ("--times", "from 0 to 1")),
+    (("where", "--rows", "orphan", "--judge", MODELS / "mini-judge"), ("orphan", "put it there")),
 ])
 def test_mistakes_are_one_line(command, tiny, tmp_path, monkeypatch, words, told):
     monkeypatch.chdir(tmp_path)
-    assert one_line(command("experiments.py", words[0], "--models", tiny, *words[1:]), *told)
+    shutil.copytree(tiny, "models")
+    shutil.copytree(tiny / "flow", "models/orphan")
+    info = json.loads(Path("models/orphan/instaflow.json").read_text())
+    Path("models/orphan/instaflow.json").write_text(json.dumps(info | {"pairs": {"model": "models/gone"}}))
+    assert one_line(command("experiments.py", words[0], "--models", tmp_path / "models", *words[1:]), *told)
