@@ -120,7 +120,7 @@ def against(args, kept, points, values, title, **axis):
     for name, row in kept.items():
         print(f"{name}: exact match {row['exact']:.3f}, FID {row['fid']:.2f}")
     import figures
-    points |= {FLOOR: [FLOOR] * len(values)}
+    points = points | {FLOOR: [FLOOR] * len(values)}
     lines = {line: [(values, [kept[name][measure] for name in names]) for measure in ("exact", "fid")] for line, names in points.items()}
     figures.curves(lines, [dict(axis, title=title, ylabel="exact match (share of captions shown)", ylim=(-0.02, 1.02)),
                            dict(axis, ylabel="FID in the judge's features (low is better)", yscale="log")], args.out, FLOOR)
@@ -132,20 +132,22 @@ def steps(args):
     points = {name: [f"{name}:{number}" for number in args.steps] for _, name, *_ in rows}
     wanted = {FLOOR: evaluation.floor(rows[0][2])}
     for _, name, model, _ in rows:
-        wanted |= {f"{name}:{number}": evaluation.row(f"{name}:{number}", model, number) for number in args.steps}
+        wanted |= {point: evaluation.row(point, model, number) for point, number in zip(points[name], args.steps)}
     against(args, keep(beside(args), wanted), points, args.steps, f"{args.n} captions, each model at its own guidance", xlabel="steps of the sampler", xscale="log", xticks=args.steps)
 
 
 def where(args):
     """Where along t a flow loses what its teacher draws: exact match and FID of pictures that start at time t, on the line between noise and the
     teacher's end, and go on by the flow's own velocity, in as many of its steps as are left, without guidance, as it was trained."""
-    rows, evaluation = chosen(args, counted=False), Evaluation(args, args.n, "train")
+    rows = chosen(args, counted=False)
+    teachers = [teacher(args.models, name, model) for _, name, model, _ in rows]
+    for whose, (_, name, model, _) in zip(teachers, rows):
+        if whose is None:
+            raise UserError(f"{name} was trained on pairs of {model.info['pairs']['model']}, and {args.models} has no model of that name and weights; put it there")
+    evaluation = Evaluation(args, args.n, "train")
     points = {name: [f"{name} from t = {t:g}" for t in args.times] for _, name, *_ in rows}
     wanted = {FLOOR: evaluation.floor(rows[0][2])}
-    for _, name, model, _ in rows:
-        whose = teacher(args.models, name, model)
-        if whose is None:
-            raise UserError(f"{args.models} has not the model that made the pairs {name} was trained on, so there are no ends to start near; put it there")
+    for whose, (_, name, model, _) in zip(teachers, rows):
         wanted |= {point: evaluation.continued(point, model, Path(args.models), whose, t) for point, t in zip(points[name], args.times)}
     against(args, keep(beside(args), wanted), points, args.times, f"{args.n} captions, no guidance; at t = 1 the teacher's own ends", xlabel="where the flow starts: t, on the line to its teacher's end")
 

@@ -45,21 +45,27 @@ def pseudo_huber(error):
     return ((error.square().sum(1) + c * c).sqrt() - c) / d
 
 
+DENSITIES = "uniform", "u-shaped", "early"
+
+
 def sample_time(n, density="uniform", generator=None):
     """t ~ p(t) -> float32 [n]. generator: a numpy one (default: fresh).
 
     "uniform" is the paper's. "u-shaped" is p(t) ~ e^{at} + e^{a(1-t)}, a = 4, squeezed into [1e-5, 1 - 1e-5]
-    (Lee, Lin and Fanti 2024, section 4). Raises ValueError for another name.
+    (Lee, Lin and Fanti 2024, section 4). "early" is p(t) ~ e^{-at}, a = 6: half of it before 0.12, where a reflowed
+    flow loses most of what its teacher draws (`experiments.py where`). Raises ValueError for another name.
     """
     u = (generator or np.random.default_rng()).random((2, n))
+    exponential = lambda a: np.log1p(u[0] * np.expm1(a)) / a                 # p(t) ~ e^{at}, by the inverse CDF
     if density == "uniform":
         t = u[0]
     elif density == "u-shaped":
-        a = 4.0
-        t = np.log1p(u[0] * np.expm1(a)) / a               # inverse CDF of e^{at}; its mirror image half of the time
+        t = exponential(4.0)                               # its mirror image half of the time
         t = 1e-5 + (1 - 2e-5) * np.where(u[1] < 0.5, t, 1 - t)
+    elif density == "early":
+        t = exponential(-6.0)
     else:
-        raise ValueError(f'density is {density!r}; it must be "uniform" or "u-shaped"')
+        raise ValueError(f"density is {density!r}; it must be one of {', '.join(DENSITIES)}")
     return torch.from_numpy(t.astype(np.float32))
 
 

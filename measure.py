@@ -89,13 +89,14 @@ class Evaluation:
 
     def continued(self, name, model, folder, whose, t):
         """For `keep`: the scores of pictures that start at time t on the line between noise and the end of the teacher `whose` (its name in
-        `folder`, steps, guidance, sampler), and go on by the model itself, without guidance."""
+        `folder`, steps, guidance, sampler), and go on by the model itself, in as many of its steps as are left, without guidance. `ends`
+        knows captions of the split "train" alone: so must the evaluation's be."""
         def measure():
             x1, drawn = ends(folder / whose[0], len(self.captions), self.seed, model.device, *whose[1:]), []
             for (x0, context, null), end in zip(batches(model, self.captions, self.seed, name), x1.split(BATCH), strict=True):
                 drawn.append(model.solve_from(t, x0, end, context, null, guidance=1.0))
             return self.scores(pictures(model, torch.cat(drawn)))
-        return f"{identity(model)}, teacher {whose}, {self.of}", measure
+        return f"unguided, {model.info['steps']} steps, {identity(model)}, teacher {whose}, {self.of}", measure
 
     def floor(self, model):
         """For `keep`: the scores of reconstructions, which no model beats."""

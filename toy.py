@@ -314,7 +314,7 @@ def main():
     add("--data", choices=DATA, default="moons", help="what noise becomes; default moons")
     add("--seed", type=cli.seed, default=0)
     add("--seeds", type=cli.positive, default=1, help="repeat with as many seeds, from --seed on; the figure shows the first")
-    add("--time", choices=("uniform", "u-shaped"), default="uniform", help="the density of t in training")
+    add("--time", choices=flows.DENSITIES, default="uniform", help="the density of t in training")
     add("--coupling", choices=("independent", "minibatch-ot"), default="independent", help="of the 1-rectified flow's noise and data")
     add("--solver", choices=("euler", "heun"), default="euler", help="of the samples (Heun calls the net twice a step)")
     add("--pairs", type=cli.positive, default=PAIRS, help=f"that reflow and distillation train on; default {PAIRS}")

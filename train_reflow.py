@@ -25,7 +25,7 @@ def main():
     parser.add_argument("--pairs", required=True, help="folder written by pairs.py")
     parser.add_argument("--out", type=cli.folder, required=True, help="folder of the new model; checkpoints and log in its training/")
     parser.add_argument("--drop", type=cli.number(0, 1), default=0.1, help="share of prompts made NULL, so that guidance other than 1 stays calibrated")
-    parser.add_argument("--density", choices=("uniform", "u-shaped"), default="uniform", help="of t; the paper: uniform; u-shaped: Lee et al. 2024")
+    parser.add_argument("--density", choices=flows.DENSITIES, default="uniform", help="of t; the paper: uniform; u-shaped: Lee et al. 2024; early: mostly near the noise, for --exact, whose late times are learned already")
     parser.add_argument("--huber", action="store_true", help="pseudo-Huber loss (Lee et al. 2024); the paper: the square")
     parser.add_argument("--exact", action="store_true", help="stay a noise predictor, read as the velocity that it equals (Lee et al. 2024): the teacher's flow is where training starts")
     training.add_flags(parser)

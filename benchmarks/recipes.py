@@ -1,10 +1,12 @@
-"""What other recipes of reflow bring beside the paper's: Lee et al. 2024's time and loss, and a second reflow.
+"""What other recipes of reflow bring beside the paper's: other times, Lee et al. 2024's loss, and a second reflow.
 
-    python benchmarks/recipes.py         # after benchmarks/regimes.py, whose 2-rectified flows it shares: an hour and a half of two cores more
+    python benchmarks/recipes.py         # after benchmarks/regimes.py, whose 2-rectified flows it shares: two hours of two cores more
 
 All from the exact start, in regimes.py's budgets. At the paper's recipe's cost:
-  u-shaped      t is drawn mostly near 0 and 1
-  huber         pseudo-Huber loss in place of the square
+  u-shaped      t is drawn mostly near 0 and 1 (Lee et al. 2024)
+  huber         pseudo-Huber loss in place of the square (Lee et al. 2024)
+  early         t is drawn mostly near 0
+  early-huber   early and huber
 and beyond it, at the same cost as each other:
   3rf           the 2-rectified flow reflowed on its own pairs, and then distilled from new ones
   longer        what that costs given to distillation: REFLOW + DISTIL iterations, on PAIRS + PAIRS pairs of the 2-rectified flow
@@ -16,7 +18,7 @@ from regimes import DISTIL, FLOW_STEPS, PAIRS, REFLOW, REGIMES, arguments, gener
 import cli
 import mini
 
-FLAGS = {"u-shaped": "--density u-shaped", "huber": "--huber"}
+FLAGS = {"u-shaped": "--density u-shaped", "huber": "--huber", "early": "--density early", "early-huber": "--density early --huber"}
 _, GUIDANCE, LR, _, AFTER = REGIMES["exact"]
 
 

@@ -95,6 +95,11 @@ def u_shaped_cdf(t, a=4.0):
     return (np.expm1(a * u) + math.exp(a) - np.exp(a * (1 - u))) / (2 * math.expm1(a))
 
 
+def early_cdf(t, a=6.0):
+    """Integral of p(t) ∝ e^{-at} on [0, 1]."""
+    return np.expm1(-a * np.clip(np.asarray(t, np.float64), 0, 1)) / math.expm1(-a)
+
+
 def test_pseudo_huber_in_closed_form():
     """At ||e|| = sqrt(3) c it is (2c - c) / d = 0.00054, whatever d; far out it is ||e|| / d - 0.00054; near 0, ||e||^2 / (2 c d)."""
     for shape in ((4, 8, 8), (4, 64, 64)):
@@ -118,7 +123,7 @@ def test_pseudo_huber_is_the_flow_loss_of_the_same_errors():
     assert not torch.allclose(losses, flows.flow_loss(velocity, x0, x1, t, "none"))
 
 
-@pytest.mark.parametrize("density, cdf", [("uniform", stats.uniform.cdf), ("u-shaped", u_shaped_cdf)])
+@pytest.mark.parametrize("density, cdf", [("uniform", stats.uniform.cdf), ("u-shaped", u_shaped_cdf), ("early", early_cdf)])
 def test_sample_time_has_its_density(density, cdf):
     n = 1_000_000  # tells a = 4 from 3.9
     t = flows.sample_time(n, density, generator=np.random.default_rng(1))
@@ -127,9 +132,9 @@ def test_sample_time_has_its_density(density, cdf):
     assert stats.kstest(t.numpy(), cdf).pvalue > 0.01
 
 
-def test_the_two_densities_are_told_apart():
+def test_the_densities_are_told_apart():
     uniform = flows.sample_time(50_000, "uniform", generator=np.random.default_rng(1)).numpy()
-    assert stats.kstest(uniform, u_shaped_cdf).pvalue < 1e-6
+    assert stats.kstest(uniform, u_shaped_cdf).pvalue < 1e-6 and stats.kstest(uniform, early_cdf).pvalue < 1e-6
 
 
 def test_u_shaped_support_stops_short_of_the_ends():
@@ -147,7 +152,7 @@ def test_u_shaped_support_stops_short_of_the_ends():
     assert abs(t.min() - 1e-5) <= 1e-5 * ulp and abs(t.max() - (1 - 1e-5)) <= ulp
 
 
-@pytest.mark.parametrize("density", ["uniform", "u-shaped"])
+@pytest.mark.parametrize("density", flows.DENSITIES)
 def test_sample_time_repeats_with_its_generator(density):
     draws = [flows.sample_time(64, density, generator=np.random.default_rng(seed)) for seed in (5, 5, 6)]
     assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])

@@ -50,12 +50,14 @@ def test_equal_is_equal(regime, seed):
 @pytest.mark.parametrize("seed", (0, 1))
 def test_recipes_at_equal_cost(seed):
     lines, own = recipes.lines("root", seed), f"root/{{}}-{seed}/{{}}".format
-    cost = {recipe: passes(lines, own(recipe, "reflowed")) for recipe in ("exact", "u-shaped", "huber", "3rf", "longer")}
-    assert cost["exact"] == cost["u-shaped"] == cost["huber"] < cost["3rf"] == cost["longer"]
+    cost = {recipe: passes(lines, own(recipe, "reflowed")) for recipe in ("exact", *recipes.FLAGS, "3rf", "longer")}
+    assert {cost[recipe] for recipe in recipes.FLAGS} == {cost["exact"]} and cost["exact"] < cost["3rf"] == cost["longer"]
     parsed = {flag(words, "--out"): words for words in map(shlex.split, lines)}
     assert len(parsed) == len(lines)                       # nothing is written twice
-    reflows = [parsed[own(recipe, "2rf")] for recipe in ("exact", "u-shaped", "huber")]
-    assert [("u-shaped" in words, "--huber" in words) for words in reflows] == [(False, False), (True, False), (False, True)]
+    paper = parsed[own("exact", "2rf")]
+    for recipe, flags in recipes.FLAGS.items():            # what sets it apart is its flags
+        words = parsed[own(recipe, "2rf")]
+        assert set(words) - set(paper) == {own(recipe, "2rf"), *flags.split()}
     for words in parsed.values():
         assert words[0] in ("scenes.py", "pairs.py") or flag(words, "--seed") == str(seed) and flag(words, "--batch") == "32" and "--exact" in words
 
