@@ -196,7 +196,7 @@ COMMANDS = {                                               # function, default o
     "table": (table, TABLE, 2000),
     "guidance": (guidance, "mini-sd:25,mini-2rf:25,mini-2rf:1", 500),
     "straightness": (along_time, "mini-sd,mini-2rf,mini-direct,mini-instaflow", 100),
-    "steps": (steps, "mini-sd,mini-2rf,mini-direct,mini-instaflow", 500),
+    "steps": (steps, "mini-sd,mini-2rf,mini-instaflow", 500),
     "where": (where, "mini-2rf", 1000),
     "shared-noise": (shared_noise, "mini-sd:25,mini-sd:1,mini-2rf:25,mini-2rf:1,mini-direct:1,mini-instaflow:1", 500),
     "interpolation": (interpolation, "mini-sd:25,mini-2rf:1,mini-instaflow:1", None),
