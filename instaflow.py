@@ -240,7 +240,7 @@ class InstaFlow:
     def decode(self, latents, tile=None):
         """Scaled latents [B, 4, h, w] -> images [B, 3, H, W], float32 in [-1, 1]. tile: latents a side that are decoded at a
         time (`VAE.decode_tiled`: less memory, and not quite the same picture); None decodes whole."""
-        z = (latents / self.scale).to(next(self.vae.parameters()).dtype).contiguous(memory_format=torch.channels_last)
+        z = (latents / self.scale).to(self.vae.post_quant_conv.weight.dtype).contiguous(memory_format=torch.channels_last)
         images = (self.vae.decode_tiled(z, tile) if tile else self.vae.decode(z)).float()
         if z.dtype == torch.float16 and not images.isfinite().all():         # activations past 65,504, which some fine-tunes have: pictures would be black
             print("note: this VAE does not fit into float16; it goes on in float32", file=sys.stderr)

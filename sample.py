@@ -85,9 +85,11 @@ def pictures(model, prompts, args, steps=None, first=None, clock=None):
     if first is None:
         first = noise(model, args.seed, len(prompts), args)
     x0, tile = first.to(args.device, args.dtype), tile_side(args.tile, model.vae.config.factor)
+    vae = model.vae
+    encoder, decoder = torch.nn.ModuleList((vae.encoder, vae.quant_conv)), torch.nn.ModuleList((vae.post_quant_conv, vae.decoder))
     if args.image:
-        fast.place(model.vae, args.device, args.dtype)
-        start = clock("encoder", model.encode, picture(args.image, x0, model.vae.config.factor))
+        with at_work(encoder, args):
+            start = clock("encoder", model.encode, picture(args.image, x0, vae.config.factor))
     known = list(dict.fromkeys(prompts if guidance == 1 else [*prompts, args.negative]))
     with at_work(model.text, args):                        # (.clone(): a graph's output is overwritten by its next run)
         states = torch.cat([clock("text", model.text, known[i:i + args.batch]).clone() for i in range(0, len(known), args.batch)])
@@ -106,7 +108,7 @@ def pictures(model, prompts, args, steps=None, first=None, clock=None):
                 else:
                     yield clock("U-Net", model.solve, x0[part], *settings)
     latents = list(solved()) if args.low_memory else solved()
-    with at_work(model.vae, args):
+    with at_work(decoder, args):
         for batch in latents:
             images = clock("decoder", model.decode, batch, tile)[:left]
             if not images.isfinite().all():
@@ -219,7 +221,7 @@ def arguments():
     add("--tile", type=cli.positive, nargs="?", const=512, metavar="PIXELS", help="decode in tiles of so many pixels a side (alone: 512), blended: less memory, but not "
         "quite the same picture, since norms and attention see one tile")
     add("--compile", action="store_true", help="torch.compile, on a GPU with CUDA graphs: minutes at the first run of a size, kept on disk for the next")
-    add("--low-memory", action="store_true", help="text tower, U-Net and VAE come into memory one after the other, and leave it; the picture is the same")
+    add("--low-memory", action="store_true", help="text tower, U-Net and decoder come into memory one after the other, and leave it; the picture is the same")
     add("--out", type=Path, default=Path("out.png"))
     add("--interpolate", type=cli.seed, nargs=2, metavar="SEED", help="a strip of --frames pictures between two seeds' noises")
     add("--frames", type=cli.positive, default=8)

@@ -93,8 +93,8 @@ def _one_line(path):
     """Whatever goes wrong while `path` is read becomes a UserError."""
     try:
         yield
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing; download or train the model again") from None
+    except (FileNotFoundError, PermissionError):           # safetensors has the first for both
+        raise UserError(f"{path} may not be read; change its permissions" if path.exists() else f"{path} is missing; download or train the model again") from None
     except Exception as error:                             # a damaged pickle raises whatever it likes
         reason = re.sub(r"^Weights only load failed.*(WeightsUnpickler error:|trusted source\.) ", "", " ".join(str(error).split()))      # torch's advice is to run the code
         start = path.read_bytes()[:100] if path.is_file() and path.stat().st_size < 1000 else b""

@@ -130,16 +130,19 @@ def settings(**changed):
                                low_memory=False, height=None, width=None, random_weights=None, prediction=None, lora=[], strength=0.6), **changed})
 
 
-def test_modules_come_one_after_the_other_and_leave(tiny):
-    args = settings(low_memory=True)
+@pytest.mark.parametrize("image", (None, ROOT / "benchmarks" / "compare.png"), ids=("noise", "picture"))
+def test_modules_come_one_after_the_other_and_leave(tiny, image):
+    args = settings(low_memory=True, image=image, dtype=torch.bfloat16)                    # whose modules are in memory has args.dtype
     model, seen = sample.load(tiny / "flow", args, 1), []
-    gone = lambda module: next(module.parameters()).device.type == "meta"
-    for name, module in (("text", model.text), ("unet", model.unet), ("vae", model.vae.decoder)):
-        module.register_forward_pre_hook(lambda *_, name=name: seen.append((name, [gone(m) for m in (model.text, model.unet, model.vae)])))
+    modules = {"encoder": model.vae.encoder, "text": model.text, "unet": model.unet, "decoder": model.vae.decoder}
+    where = lambda module: "gone" if (p := next(module.parameters())).device.type == "meta" else "there" if p.dtype == args.dtype else "on file"
+    for name, module in modules.items():
+        module.register_forward_pre_hook(lambda *_, name=name: seen.append((name, *map(where, modules.values()))))
     list(sample.pictures(model, ["a", "b", "c"], args, 1))
-    assert list(dict.fromkeys(name for name, _ in seen)) == ["text", "unet", "vae"]
-    assert all(left == {"text": [False] * 3, "unet": [True, False, False], "vae": [True, True, False]}[name] for name, left in seen)
-    assert all(map(gone, (model.text, model.unet, model.vae)))
+    encoder = "gone" if image else "on file"
+    assert list(dict.fromkeys(seen)) == [("encoder", "there", "on file", "on file", "on file")][:bool(image)] + [
+        ("text", encoder, "there", "on file", "on file"), ("unet", encoder, "gone", "there", "on file"), ("decoder", encoder, "gone", "gone", "there")]
+    assert [where(module) for module in modules.values()] == [encoder, "gone", "gone", "gone"]
 
 
 @pytest.mark.parametrize("guidance, texts", [(1.0, ["a", "b"]), (2.0, ["a", "b", ""])])

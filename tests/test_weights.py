@@ -5,6 +5,7 @@ import random
 import resource
 import shutil
 import sys
+import tempfile
 import threading
 import time
 import types
@@ -492,6 +493,23 @@ def test_damaged_pickles(tiny, tmp_path):
                 failed += 1
                 assert str(file) in str(error) and "\n" not in str(error)
         assert failed >= 70
+
+
+@pytest.mark.parametrize("name", ("weights.safetensors", "weights.ckpt"))
+def test_a_file_that_may_not_be_read_is_not_called_missing(name):
+    with tempfile.TemporaryDirectory() as folder:
+        path, root = Path(folder) / name, os.geteuid() == 0
+        path.write_bytes(b"weights")
+        path.chmod(0)
+        os.chmod(folder, 0o755)
+        if root:                                           # who may read everything, and so is somebody else here
+            os.seteuid(65534)
+        try:
+            with pytest.raises(UserError, match=f"{path} may not be read; change its permissions"):
+                weights.read_tensors(path)
+        finally:
+            if root:
+                os.seteuid(0)
 
 
 @pytest.mark.parametrize("name, content, words", [
