@@ -40,7 +40,7 @@ def main():
     parser.add_argument("--model", required=True, help="initialisation: the model that made the pairs, or the L2 student")
     parser.add_argument("--pairs", required=True, help="folder written by pairs.py")
     parser.add_argument("--out", type=cli.folder, required=True, help="folder of the student; checkpoints and log in its training/")
-    parser.add_argument("--loss", choices=("l2", "lpips"), default="l2", help="between latents, or between decoded images")
+    parser.add_argument("--loss", choices=("l2", "huber", "lpips"), default="l2", help="L2 or pseudo-Huber (Lee et al. 2024; not the paper's) between latents, or LPIPS between decoded images")
     parser.add_argument("--vgg", help="for lpips: VGG16's weights (torchvision's file), or the judge's")
     parser.add_argument("--linear", help="for lpips: the lpips package's weights of layers (default: all channels alike)")
     parser.add_argument("--lpips-size", type=cli.seed, default=224, help="pixels a side that LPIPS sees; 0 leaves images as they are")
@@ -88,7 +88,8 @@ def main():
                 with torch.no_grad():
                     context = model.text(prompts[part])
                 student = x + (1 - t)[:, None, None, None] * flow.velocity(x, t, context, net)       # one Euler step to t = 1
-                loss = (student - x1).square().mean((1, 2, 3))
+                error = (student - x1).float().flatten(1)
+                loss = flows.pseudo_huber(error) if args.loss == "huber" else error.square().mean(1)
                 if distance:
                     loss = args.l2 * loss + image_losses(student, x1, model, distance, args.lpips_size)
             (loss.sum() / len(noise)).backward()

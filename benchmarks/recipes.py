@@ -6,20 +6,22 @@ All from the exact start, in regimes.py's budgets. At the paper's recipe's cost:
   u-shaped      t is drawn mostly near 0 and 1 (Lee et al. 2024)
   huber         pseudo-Huber loss in place of the square (Lee et al. 2024)
   early         t is drawn mostly near 0
-  early-huber   early and huber
+  early-huber   early and huber; then distilled by L2 as the others are, and by pseudo-Huber ("hubered")
+  direct-huber  not a reflow at all: regimes.py's direct-total, by pseudo-Huber
 and beyond it, at the same cost as each other:
   3rf           the 2-rectified flow reflowed on its own pairs, and then distilled from new ones
   longer        what that costs given to distillation: REFLOW + DISTIL iterations, on PAIRS + PAIRS pairs of the 2-rectified flow
 """
 from pathlib import Path
 
-from regimes import DISTIL, FLOW_STEPS, PAIRS, REFLOW, REGIMES, arguments, generate, line, measured, pipeline, train      # first: it knows the way to what follows
+from regimes import DISTIL, FLOW_STEPS, MORE, PAIRS, REFLOW, REGIMES, arguments, generate, line, measured, pipeline, train      # first: it knows the way to what follows
 
 import cli
 import mini
 
 FLAGS = {"u-shaped": "--density u-shaped", "huber": "--huber", "early": "--density early", "early-huber": "--density early --huber"}
-_, GUIDANCE, LR, _, AFTER = REGIMES["exact"]
+WHAT = {"flow, 4 steps": ("?rf", 4), "flow, 1 step": ("?rf", 1), "distilled": ("reflowed", 1), "hubered": ("hubered", 1)}      # folder, and steps it is measured in
+_, GUIDANCE, LR, DIRECT, AFTER = REGIMES["exact"]
 
 
 def lines(root, seed):
@@ -33,6 +35,8 @@ def lines(root, seed):
                 train("distill.py", own(recipe, flow), own(recipe, "pairs"), own(recipe, "reflowed"), DISTIL, AFTER, seed, "--exact")]
     for recipe, flags in FLAGS.items():
         made += student(recipe, "models/mini-sd", f"{root}/pairs-{GUIDANCE}-{PAIRS}", flags)
+    made += [train("distill.py", own("early-huber", "2rf"), own("early-huber", "pairs"), own("early-huber", "hubered"), DISTIL, AFTER, seed, "--exact --loss huber"),
+             train("distill.py", "models/mini-sd", f"{root}/pairs-{GUIDANCE}-{PAIRS + MORE}", own("direct-huber", "hubered"), REFLOW + DISTIL, DIRECT, seed, "--exact --loss huber")]
     return made + student("3rf", f"{paper}/2rf", f"{paper}/pairs", "", "3rf") + [
         generate(root, f"{paper}/2rf", FLOW_STEPS, mini.GUIDANCE, 2 * PAIRS, own("longer", "pairs"), seed),
         train("distill.py", f"{paper}/2rf", own("longer", "pairs"), own("longer", "reflowed"), REFLOW + DISTIL, AFTER, seed, "--exact")]
@@ -43,19 +47,13 @@ def main():
     for seed in args.seeds:
         for words in lines(args.root, seed):
             mini.run(words)
-    recipes, name = ["paper", *FLAGS, "3rf", "longer"], "{}, seed {}, {}".format
-    students = {}
-    for recipe in recipes:
-        for seed in args.seeds:
-            folder = Path(args.root) / f"{recipe.replace('paper', 'exact')}-{seed}"
-            students[name(recipe, seed, "distilled")] = folder / "reflowed", 1
-            if recipe != "longer":                         # whose flow is the paper's
-                flow = folder / ("3rf" if recipe == "3rf" else "2rf")
-                students |= {name(recipe, seed, "flow, 1 step"): (flow, 1), name(recipe, seed, "flow, 4 steps"): (flow, 4)}
+    recipes, name = ["paper", *FLAGS, "direct-huber", "3rf", "longer"], "{}, seed {}, {}".format
+    students = {name(recipe, seed, what): (path, steps) for recipe in recipes for seed in args.seeds for what, (model, steps) in WHAT.items()
+                for path in (Path(args.root) / f"{'exact' if recipe == 'paper' else recipe}-{seed}").glob(model)}
     rows = measured(args.out, students, args.n)
     print("| recipe | what | exact match, by seed | 1 / 2 / 3 objects, mean | FID (judge), by seed | one-step error, by seed |\n" + "|---" * 6 + "|")
     for recipe in recipes:
-        for what in ("flow, 4 steps", "flow, 1 step", "distilled"):
+        for what in WHAT:
             if name(recipe, args.seeds[0], what) in students:
                 print(line(f"{recipe} | {what}", [rows[name(recipe, seed, what)] for seed in args.seeds]))
 

@@ -149,6 +149,22 @@ def test_l2_beside_lpips(pipeline, command, monkeypatch, tmp_path):
     assert one_line(command("distill.py", *words, "--l2", "1", "--out", "models/1"), "other settings (l2)")
 
 
+def test_distillation_by_the_square_and_by_pseudo_huber(pipeline, command, monkeypatch, tmp_path):
+    """The first losses, in closed form from the errors of one step."""
+    shutil.copytree(pipeline, tmp_path / "p")
+    monkeypatch.chdir(tmp_path / "p")
+    x0, x1, text = everything(PairDataset("pairs/second"), model := InstaFlow.load("models/2rf"))
+    rows = training.batch_indices(0, 0, 4, 22)
+    with torch.no_grad():
+        error = (x0[rows] + model.unet(x0[rows], 1000.0, text[rows]) - x1[rows]).flatten(1).double().numpy()
+    squares, c = (error ** 2).sum(1), 0.00054 * error.shape[1]
+    wanted = {"l2": squares.mean() / error.shape[1], "huber": (np.sqrt(squares + c ** 2) - c).mean() / error.shape[1]}
+    for loss, value in wanted.items():
+        assert command("distill.py", *STAGES["distill"][1], "--iterations", "1", "--float32", "--loss", loss, "--out", f"models/{loss}-1")[0] == 0
+        assert json.loads(Path(f"models/{loss}-1/training/log.jsonl").read_text())["loss"] == pytest.approx(value, rel=1e-4)
+    assert wanted["huber"] < 0.9 * wanted["l2"]            # so that one is not the other
+
+
 def test_a_student_of_several_steps(pipeline, command, monkeypatch, tmp_path):
     """The first loss by hand, from the pair's line; then nearer to the end from each of the times."""
     shutil.copytree(pipeline, tmp_path / "p")
