@@ -244,7 +244,7 @@ def pipeline(root, short=False):
         mini.py teacher --out {models}/mini-sd {n("", "--short")}
         scenes.py --captions {n(36864, 64)} --seed 1 --out {pairs}/captions.txt
         pairs.py --model {models}/mini-sd --prompts {pairs}/captions.txt --steps {n(10, 2)} --guidance {GUIDANCE} {n("--number 10240", "")} --out {pairs}/sd
-        train_reflow.py --model {models}/mini-sd --pairs {pairs}/sd --out {models}/mini-2rf --iterations {n(2400, 4)} --lr 5e-4 {STUDENT} --exact
+        train_reflow.py --model {models}/mini-sd --pairs {pairs}/sd --out {models}/mini-2rf --iterations {n(2400, 4)} --lr 5e-4 {STUDENT} --exact --density early --huber
         pairs.py --model {models}/mini-2rf --prompts {pairs}/captions.txt --steps {n(8, 2)} --guidance 1.5 {n("--number 32768", "")} --out {pairs}/2rf
         distill.py --model {models}/mini-2rf --pairs {pairs}/2rf --out {models}/mini-instaflow-l2 --iterations {n(6000, 4)} --lr 3e-4 {STUDENT} --exact
         distill.py --model {models}/mini-instaflow-l2 --pairs {pairs}/2rf --out {models}/mini-instaflow {lpips}

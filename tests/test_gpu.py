@@ -111,7 +111,7 @@ class Log:
 
 @pytest.mark.parametrize("script, words", [(script, [*words, *exact]) for exact in ([], ["--exact"]) for script, words in [
     (train_reflow, []), (train_reflow, ["--density", "u-shaped", "--huber", "--accumulate", "2"]), (train_reflow, ["--checkpoint", "--float32"]),
-    (distill, []), (distill, ["--steps", "4", "--accumulate", "2"]), (distill, ["--checkpoint", "--float32"]),
+    (distill, []), (distill, ["--steps", "4", "--accumulate", "2", "--loss", "huber"]), (distill, ["--checkpoint", "--float32"]),
     (distill, ["--loss", "lpips", "--vgg", "file", "--l2", "0.05"]), (distill, ["--loss", "lpips", "--vgg", "file", "--lpips-size", "0"])]] + [(distill, ["--stacked"])], ids=str)
 def test_a_training_step_stays_on_the_gpu_and_never_waits(fake, monkeypatch, command, tmp_path, script, words):
     """The loops themselves, from the batch to the loss. What looks at numbers by purpose (the gradient's norm, log, checkpoints) is left out."""
