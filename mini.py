@@ -233,7 +233,7 @@ STUDENT = "--batch 32 --warmup 100 --cosine --ema 0.998 --save-every 200 --sampl
 
 
 def pipeline(root, short=False):
-    """The command lines of the whole miniature, in order: the paper's pipeline, and beside it direct distillation at its cost in all:
+    """The command lines of the whole miniature, in order: the paper's stages, and beside them direct distillation at its cost in all:
     as many iterations as reflow and L2 have together, pairs of as many U-Net passes (10240 x 20 + 32768 x 16), and the same LPIPS."""
     n = (lambda full, little: little if short else full)
     root = shlex.quote(str(root))

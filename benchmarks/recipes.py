@@ -6,7 +6,8 @@ All from the exact start, in regimes.py's budgets. At the paper's recipe's cost:
   u-shaped      t is drawn mostly near 0 and 1 (Lee et al. 2024)
   huber         pseudo-Huber loss in place of the square (Lee et al. 2024)
   early         t is drawn mostly near 0
-  early-huber   early and huber; then distilled by L2 as the others are, and by pseudo-Huber ("hubered")
+  early-huber   early and huber; then distilled by L2 as the others are, by pseudo-Huber ("hubered"), and by L2 from pairs of its
+                own at guidance 3, where all other flows make theirs at 1.5 ("strong")
   direct-huber  not a reflow at all: regimes.py's direct-total, by pseudo-Huber
 and beyond it, at the same cost as each other:
   3rf           the 2-rectified flow reflowed on its own pairs, and then distilled from new ones
@@ -20,7 +21,7 @@ import cli
 import mini
 
 FLAGS = {"u-shaped": "--density u-shaped", "huber": "--huber", "early": "--density early", "early-huber": "--density early --huber"}
-WHAT = {"flow, 4 steps": ("?rf", 4), "flow, 1 step": ("?rf", 1), "distilled": ("reflowed", 1), "hubered": ("hubered", 1)}      # folder, and steps it is measured in
+WHAT = {"flow, 4 steps": ("?rf", 4), "flow, 1 step": ("?rf", 1), "distilled": ("reflowed", 1), "hubered": ("hubered", 1), "strong": ("strong", 1)}      # folder, and steps it is measured in
 _, GUIDANCE, LR, DIRECT, AFTER = REGIMES["exact"]
 
 
@@ -36,6 +37,8 @@ def lines(root, seed):
     for recipe, flags in FLAGS.items():
         made += student(recipe, "models/mini-sd", f"{root}/pairs-{GUIDANCE}-{PAIRS}", flags)
     made += [train("distill.py", own("early-huber", "2rf"), own("early-huber", "pairs"), own("early-huber", "hubered"), DISTIL, AFTER, seed, "--exact --loss huber"),
+             generate(root, own("early-huber", "2rf"), FLOW_STEPS, 3, PAIRS, own("early-huber", "pairs-3"), seed),
+             train("distill.py", own("early-huber", "2rf"), own("early-huber", "pairs-3"), own("early-huber", "strong"), DISTIL, AFTER, seed, "--exact"),
              train("distill.py", "models/mini-sd", f"{root}/pairs-{GUIDANCE}-{PAIRS + MORE}", own("direct-huber", "hubered"), REFLOW + DISTIL, DIRECT, seed, "--exact --loss huber")]
     return made + student("3rf", f"{paper}/2rf", f"{paper}/pairs", "", "3rf") + [
         generate(root, f"{paper}/2rf", FLOW_STEPS, mini.GUIDANCE, 2 * PAIRS, own("longer", "pairs"), seed),
