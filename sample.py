@@ -84,8 +84,8 @@ def pictures(model, prompts, args, steps=None, first=None, clock=None):
     guidance = model.info["guidance"] if args.guidance is None else args.guidance
     if first is None:
         first = noise(model, args.seed, len(prompts), args)
-    x0, tile = first.to(args.device, args.dtype), tile_side(args.tile, model.vae.config.factor)
-    vae = model.vae
+    x0, vae = first.to(args.device, args.dtype), model.vae
+    tile = tile_side(args.tile, vae.config.factor)
     encoder, decoder = torch.nn.ModuleList((vae.encoder, vae.quant_conv)), torch.nn.ModuleList((vae.post_quant_conv, vae.decoder))
     if args.image:
         with at_work(encoder, args):

@@ -10,6 +10,7 @@ where they are on disk until they are used: they are changed in memory only, and
 meanwhile (writing a new one and renaming it, as `training.write` does, is well).
 """
 import json
+import os
 import re
 import zipfile
 import zlib
@@ -93,8 +94,10 @@ def _one_line(path):
     """Whatever goes wrong while `path` is read becomes a UserError."""
     try:
         yield
-    except (FileNotFoundError, PermissionError):           # safetensors has the first for both
-        raise UserError(f"{path} may not be read; change its permissions" if path.exists() else f"{path} is missing; download or train the model again") from None
+    except (FileNotFoundError, PermissionError) as error:  # safetensors has the first for both
+        if isinstance(error, PermissionError) or os.path.exists(path):       # (Path.exists raises where a folder may not be entered)
+            raise UserError(f"{path} may not be read; change its permissions") from None
+        raise UserError(f"{path} is missing; download or train the model again") from None
     except Exception as error:                             # a damaged pickle raises whatever it likes
         reason = re.sub(r"^Weights only load failed.*(WeightsUnpickler error:|trusted source\.) ", "", " ".join(str(error).split()))      # torch's advice is to run the code
         start = path.read_bytes()[:100] if path.is_file() and path.stat().st_size < 1000 else b""
