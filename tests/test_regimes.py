@@ -25,13 +25,14 @@ def behind(lines, out):
 
 
 def passes(lines, out):
-    """U-Net passes behind the model or pairs `out`: a guided step is two, a training picture three (a backward pass is two forward ones)."""
+    """U-Net passes behind the model or pairs `out`: a guided step is two, a training picture three (a backward pass is two forward ones),
+    and under LPIPS, with decoder and judge, as much time as nine."""
     total, outs = 0, behind(lines, out)
     for words in map(shlex.split, lines):
         if words[0] == "pairs.py" and flag(words, "--out") in outs:
             total += int(flag(words, "--number")) * int(flag(words, "--steps")) * 2
         elif words[0] in ("train_reflow.py", "distill.py") and flag(words, "--out") in outs:
-            total += int(flag(words, "--iterations")) * int(flag(words, "--batch")) * 3
+            total += int(flag(words, "--iterations")) * int(flag(words, "--batch")) * (9 if "lpips" in words else 3)
     return total
 
 
@@ -54,6 +55,8 @@ def test_recipes_at_equal_cost(seed):
     assert {cost[recipe] for recipe in recipes.FLAGS} == {cost["exact"]} and cost["exact"] < cost["3rf"] == cost["longer"]
     hubered = [passes(lines, own(recipe, "hubered")) for recipe in ("early-huber", "direct-huber")]
     assert passes(lines, own("early-huber", "strong")) == hubered[0] == cost["exact"] and 0 <= hubered[0] - hubered[1] < 20                   # less than a pair
+    perceived = [passes(lines, own(recipe, "perceived")) for recipe in ("exact", "early-huber", "direct-huber")]
+    assert perceived == [cost["exact"], cost["exact"], hubered[1]]
     parsed = {flag(words, "--out"): words for words in map(shlex.split, lines)}
     assert len(parsed) == len(lines)                       # nothing is written twice
     paper = parsed[own("exact", "2rf")]
