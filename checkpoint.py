@@ -1,7 +1,7 @@
-"""Files that survive a kill, and checkpoints made of them: all that a training needs to go on.
+"""Files that survive a kill, and checkpoints made of them: all that a training run needs to resume.
 
-A file is written under a temporary name, synced and renamed: it is whole or absent. Tensors go to the disk one by one and come
-back memory-mapped, since a checkpoint of the full-size model is 14 GB and every process of a machine reads it.
+A file is written under a temporary name, synced and renamed: it is whole or absent. Tensors are written one by one and read
+back memory-mapped, since a checkpoint of the full-size model is 14 GB and every process on a machine reads it.
 """
 import json
 import os
@@ -38,7 +38,7 @@ def write(path, data):
 
 
 def clean(folder):
-    """Remove what killed processes were writing: gigabytes, at full size. For one process, before any writes."""
+    """Remove the temporary files of killed processes: gigabytes, at full size. To be called by one process, before any of them writes."""
     for leftover in Path(folder).glob("*.tmp"):
         leftover.unlink(missing_ok=True)
 
@@ -64,7 +64,7 @@ def write_tensors(path, tensors, metadata=None, dtype=None):
 
 
 def crc(*modules):
-    """CRC-32 of modules' weights, in hexadecimal: by it what is kept knows which weights it is of."""
+    """CRC-32 of modules' weights, in hexadecimal: saved results record with it which weights they belong to."""
     value = 0
     for tensor in (tensor for module in modules for tensor in module.state_dict().values()):
         value = zlib.crc32(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy(), value)
@@ -72,8 +72,8 @@ def crc(*modules):
 
 
 def save_checkpoint(folder, step, tensors, metadata=None, keep=2):
-    """Write `folder`/step-00001234.safetensors (float32 as given, plus JSON metadata) and keep the newest `keep` up to it.
-    (One of a later step is a damaged one: it was passed over when the run went on.)"""
+    """Write `folder`/step-00001234.safetensors (float32 as given, plus JSON metadata) and keep the newest `keep` up to that step.
+    (A checkpoint of a later step is damaged: it was skipped when the run was resumed.)"""
     path = Path(folder) / f"step-{step:08d}.safetensors"
     write_tensors(path, tensors, {"json": json.dumps(metadata or {})})
     for old in [p for p in checkpoints(folder) if p <= path][:-keep]:
@@ -85,7 +85,7 @@ def warn_of_little_room(folder, tensors, keep=2):
     size = sum(v.numel() * v.element_size() for v in tensors.values())
     wanted, free = size * (keep + 1 - len(checkpoints(folder))), shutil.disk_usage(folder).free
     if free < wanted:
-        print(f"warning: {folder}: {free / 2**30:.1f} GiB are free, and the checkpoints of this run will take {wanted / 2**30:.1f} more", file=sys.stderr)
+        print(f"warning: {folder}: {free / 2**30:.1f} GiB are free, and the checkpoints of this run will take another {wanted / 2**30:.1f} GiB", file=sys.stderr)
 
 
 def checkpoints(folder):
@@ -110,7 +110,7 @@ def pack(model, ema, optimizer):
     """Weights, EMA and AdamW's moments as one flat dict of tensors, for `save_checkpoint`."""
     tensors = {f"model.{k}": v for k, v in model.state_dict().items()} | {f"ema.{k}": v for k, v in ema.state_dict().items()}
     names = [k for k, _ in model.named_parameters()]
-    moments = optimizer.state_dict()["state"]              # by a parameter's number: one that never had a gradient has none
+    moments = optimizer.state_dict()["state"]              # keyed by parameter number; a parameter that never had a gradient has no entry
     return tensors | {f"optimizer.{names[i]}.{k}": v for i, state in moments.items() for k, v in state.items()}
 
 

@@ -38,7 +38,7 @@ def folder(text):
 
 
 def writable(path):
-    """Raises OSError where no file can be written there: to be asked before the work, not after it."""
+    """Raises OSError if no file can be written there: call it before the work, not after it."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     wrong = errno.EISDIR if path.is_dir() else 0 if os.access(path.parent, os.W_OK) else errno.EACCES
@@ -47,7 +47,7 @@ def writable(path):
 
 
 def another(out, model):
-    """Raises UserError where what is trained would be written over what it is trained from."""
+    """Raises UserError if the trained model would overwrite the model that it starts from."""
     if Path(out).resolve() == Path(model).resolve():
         raise UserError(f"--out {out} is --model itself, which would be lost; name another folder")
 
@@ -107,21 +107,21 @@ def run(main):
         sys.exit(0)                                        # the reader of our output (`| head`) has seen enough
     except OSError as error:
         if error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise                                          # not a file of the user's: a defect, so show it whole
-        mend = "free some space and run the same line again: it goes on where it was" if error.errno == errno.ENOSPC else "check the path and its permissions"
+            raise                                          # not about a user's file: a bug, so show the traceback
+        mend = "free some space and run the same line again: it resumes where it stopped" if error.errno == errno.ENOSPC else "check the path and its permissions"
         fail(f"{error.filename or 'disk'}: {error.strerror}; {mend}")
     except (RuntimeError, MemoryError) as error:
         if "gloo" in str(error).lower() or type(error).__name__ in ("DistBackendError", "DistNetworkError"):
             fail(f"another process of this run has ended; its own message says why ({str(error).splitlines()[0][:150]})")
         if "out of memory" not in str(error).lower() and not isinstance(error, MemoryError):
             raise
-        fail("out of memory; give a smaller --batch, in training --accumulate or --checkpoint, or smaller pictures")
+        fail("out of memory; give a smaller --batch, smaller pictures, or, in training, --accumulate or --checkpoint")
     except KeyboardInterrupt:
         sys.exit(130)
 
 
 def fail(message):
-    if int(os.environ.get("RANK", 0)):                     # the first process says what all have met, and torchrun ends the others meanwhile
+    if int(os.environ.get("RANK", 0)):                     # the first process reports what all ran into, and torchrun ends the others meanwhile
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(5)
     tqdm.write(f"{Path(sys.argv[0]).name}: {' '.join(str(message).split())}", file=sys.stderr)      # not at the end of a progress bar
@@ -146,8 +146,8 @@ def read_prompts(path):
 
 class Prompts:
     """The prompts of a text file, one a line, or of a .jsonl file, one JSON string or object with one of KEYS a line; blank ones
-    are skipped. len(), and prompts[i]: of millions of lines, only where each begins is kept (8 bytes). crc: CRC-32 of all of
-    them. Raises UserError, for any line, before work begins."""
+    are skipped. len() and prompts[i] work; of each line only its offset is kept (8 bytes), as there may be millions. crc: CRC-32 of all of
+    them. A bad line anywhere raises UserError, before work begins."""
 
     def __init__(self, path):
         self.path, self.crc, self.starts, place = Path(path), 0, array("q"), 0
@@ -175,7 +175,7 @@ class Prompts:
                 return text
             value = json.loads(text)
             text = " ".join((value if isinstance(value, str) else next(value[k] for k in KEYS if k in value)).split())
-            text.encode()                                  # JSON can spell half a character
+            text.encode()                                  # JSON can hold a lone surrogate
             return text
         except UnicodeError:
             raise UserError(f"{self.path}, line {number}: not UTF-8 text; save it as UTF-8, one prompt a line") from None

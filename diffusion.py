@@ -33,15 +33,15 @@ class Schedule:
 
     @staticmethod
     def flow_time(alpha_bar):
-        """The t of the line (1 - t) eps + t x1 that has the signal-to-noise ratio of this point: a / (a + b)."""
+        """The t at which the line (1 - t) eps + t x1 has this point's signal-to-noise ratio: a / (a + b)."""
         a, b = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
         return a / (a + b)
 
     def index(self, t):
-        """Float index [B] with the signal-to-noise ratio of flow time t [B], log-SNR linear between whole indices,
-        held at the schedule's ends -> (index, a, b), all float64 [B]."""
+        """Float index [B] with the signal-to-noise ratio of flow time t [B], log-SNR interpolated linearly between
+        whole indices, clamped at the schedule's ends -> (index, a, b), all float64 [B]."""
         noisier, t = _noisier(self.alphas_cumprod, t.device), t.double()
-        wanted = 2 * (torch.log1p(-t) - torch.log(t))                        # the same of the line at t
+        wanted = 2 * (torch.log1p(-t) - torch.log(t))                        # minus the log-SNR of the line at t
         i = torch.searchsorted(noisier, wanted).clamp(1, len(noisier) - 1)
         index = (i - 1 + (wanted - noisier[i - 1]) / (noisier[i] - noisier[i - 1])).clamp(0, len(noisier) - 1)
         alpha_bar = torch.sigmoid(-wanted.clamp(noisier[0], noisier[-1]))

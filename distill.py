@@ -8,8 +8,8 @@
 
 First L2 between latents, then LPIPS between decoded images, as in the paper. With Stable Diffusion itself as --model,
 and its pairs, this is the baseline: direct distillation. InstaFlow-1.7B is --stacked: both halves start as the 2-rectified
-flow; its LPIPS stage takes the stacked L2 student, which stays stacked. --steps 4 is not the paper's: a student that is good in
-two and four steps too. Run the same line again and it goes on where it was.
+flow; its LPIPS stage takes the stacked L2 student, which stays stacked. --steps 4 (not in the paper) gives a student that is
+good in two and four steps too. Run the same line again and it resumes where it stopped.
 """
 import torch
 import torch.nn.functional as F

@@ -8,8 +8,8 @@
     python experiments.py shared-noise          # what each model draws from the same noise, and how far that is from its teacher's
     python experiments.py interpolation         # what lies between two noises
 
---models is the folder that holds the models, --rows the ones to take. What is measured is kept at once, in the JSON file --out or
-beside the PNG: a killed run goes on when the same line is run again, and a row is measured again only where the weights have changed.
+--models is the folder that holds the models, --rows the ones to take. What is measured is saved at once, in the JSON file --out or
+beside the PNG: a killed run resumes when the same line is run again, and a row is measured again only if the weights have changed.
 """
 import functools
 import sys
@@ -52,8 +52,8 @@ def beside(args):
 
 
 def table(args):
-    """Models x steps: exact match (overall, by number of objects, order ignored, in how many pictures of two objects that are right but
-    for it the said relation is too, and on scenes with pairs of colour and shape that no training has), FID in the judge's features, S, held-out one-step error, ms."""
+    """Models x steps: exact match (overall, by number of objects, order ignored, the share with the stated relation among two-object
+    pictures otherwise right, and on scenes with pairs of colour and shape that are in no training), FID in the judge's features, S, held-out one-step error, ms."""
     rows, seen, unseen = chosen(args), Evaluation(args, args.n, args.split), Evaluation(args, args.held_out or max(args.n // 4, 2), "held-out")
     models = {name: model for _, name, model, _ in rows}
     wanted, few = {}, seen.captions[:100]
@@ -138,7 +138,7 @@ def steps(args):
 
 def where(args):
     """Where along t a flow loses what its teacher draws: exact match and FID of pictures that start at time t, on the line between noise and the
-    teacher's end, and go on by the flow's own velocity, in as many of its steps as are left, without guidance, as it was trained."""
+    teacher's end, and follow the flow's own velocity from there, in as many of its steps as remain, without guidance, as it was trained."""
     rows = chosen(args, counted=False)
     teachers = [teacher(args.models, name, model) for _, name, model, _ in rows]
     for whose, (_, name, model, _) in zip(teachers, rows):

@@ -19,7 +19,7 @@ def _free(layer):
 
 
 class PackedConv(nn.Conv2d):
-    """A convolution on a CPU whose weights are in oneDNN's own layout from the first call on, and not brought into it by every
+    """A convolution on a CPU whose weights are brought into oneDNN's own layout once, in the first call, and not again in every
     one: at 8 x 8 latents that takes many times as long as the convolution (benchmarks/README.md)."""
     packed = None
 
@@ -65,16 +65,16 @@ def leave(module):
 
 
 def compiled(module, device, graphs=True):
-    """torch.compile, in place, for the sizes it meets on the device where it will work -> module. graphs: on a GPU, replay CUDA graphs:
-    what comes out is overwritten by the next call. What was compiled is kept on disk by torch itself, and the next process finds it there."""
-    torch._dynamo.config.recompile_limit = 64              # sizes and dtypes in all, over all modules of a class; past its 8 torch goes on without compiling
+    """torch.compile, in place, for the sizes it meets; device: where it will run -> module. graphs: on a GPU, replay CUDA graphs:
+    an output is overwritten by the next call. torch itself caches the compiled code on disk, and the next process finds it there."""
+    torch._dynamo.config.recompile_limit = 64              # sizes and dtypes, over all modules of a class; past its default of 8 torch runs uncompiled
     module.compile(mode="reduce-overhead" if torch.device(device).type == "cuda" and graphs else None, dynamic=False)
     return module
 
 
 def graphed(module):
-    """Have a network's calls on a GPU recorded, once for each size and dtype of its inputs and of autocast, and replayed from then on -> module.
-    For networks so small that a GPU computes faster than Python tells it what; all inputs are tensors, and there are no gradients."""
+    """Record a network's calls on a GPU, once for each size and dtype of its inputs and dtype of autocast, and replay them from then on -> module.
+    For networks so small that launching their kernels from Python takes longer than running them; all inputs are tensors, and there are no gradients."""
     forward, graphs = module.forward, {}
 
     def replay(*inputs):

@@ -7,8 +7,8 @@
         --out pictures/ --clip open_clip_pytorch_model.bin val2017/
     torchrun --nproc-per-node 8 fid.py ... (the same): processes take whole batches, and the figures are the same
 
-Picture i is drawn for caption i from noise(0, seed, i). With --out a cut generation goes on where it was.
-FID falls with the number of pictures: compare only figures with as many.
+Picture i is drawn for caption i from noise(0, seed, i). With --out an interrupted run resumes where it stopped.
+FID falls with the number of pictures: compare only at equal numbers.
 """
 import io
 import json
@@ -62,14 +62,14 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     if not all(np.isfinite(x).all() for x in (mu1, sigma1, mu2, sigma2)):
         raise ValueError("mu or sigma holds NaN or infinity")
     roots = factor(sigma1), factor(sigma2)
-    # Through the one of lower rank: an eigenvalue that ought to be zero would come out at 1e-16, and its root at 1e-8.
+    # By the root of lower rank: with the other, an eigenvalue that ought to be zero comes out at 1e-16, and its root at 1e-8.
     root, other = (roots[0], sigma2) if roots[0].shape[1] <= roots[1].shape[1] else (roots[1], sigma1)
     values = np.linalg.eigvalsh(root.T @ other @ root)
     return float(((mu1 - mu2) ** 2).sum() + np.trace(sigma1) + np.trace(sigma2) - 2 * np.sqrt(values.clip(0)).sum())
 
 
 def factor(sigma):
-    """W [D, rank] with W W^T = sigma [D, D], by Cholesky with pivots: it stops at the rank, and takes a fifth of an eigenvector root's time."""
+    """W [D, rank] with W W^T = sigma [D, D], by pivoted Cholesky: it stops at the rank, and takes a fifth of the time of a root by eigenvectors."""
     lower, pivots, rank, _ = dpstrf(sigma, lower=1)
     root = np.zeros_like(sigma)
     root[pivots - 1] = np.tril(lower)
@@ -264,7 +264,7 @@ def arguments():
     add("--clip-model", default="ViT-g-14", help="open_clip's name of the network in that file (default: %(default)s)")
     add("--clip-prefix", default="", help='before each caption, as in "A photo depicts " (default: none)')
     add("--model", help="a model folder, which draws a picture a caption")
-    add("--prediction", choices=("velocity", "epsilon"), help="of a folder that does not say it itself")
+    add("--prediction", choices=("velocity", "epsilon"), help="what the U-Net predicts, for a folder that does not say so")
     add("--steps", type=cli.positive, help="of the sampler (default: the model's own)")
     add("--guidance", type=cli.number(), help="default: the model's own; 1 is none")
     add("--seed", type=cli.seed, default=0, help="of the noise")
@@ -331,9 +331,9 @@ def report(args, ours, real, score):
     for (mu, _, n), name in ((ours, drawn), (real, args.reference)) if real else ((ours, drawn),) if ours else ():
         if n and n < ENOUGH:
             singular = ", and their covariance is singular" * (n <= len(mu))
-            warn(f"{n} pictures of {name}, fewer than {ENOUGH:,}{singular}: FID comes out too high; compare only figures with as many")
+            warn(f"{n} pictures of {name}, fewer than {ENOUGH:,}{singular}: FID comes out too high; compare only at equal numbers")
     if ours and args.protocol and ours[2] not in (None, PROTOCOLS[args.protocol][0]):
-        warn(f"--protocol {args.protocol} is of {PROTOCOLS[args.protocol][0]:,} pictures, and these are {ours[2]}: no figure to compare")
+        warn(f"--protocol {args.protocol} is of {PROTOCOLS[args.protocol][0]:,} pictures, and these are {ours[2]}: not comparable")
     if args.save:
         save_statistics(args.save, *ours)
         print(f"{args.save}: {ours[2]} pictures of {drawn}")

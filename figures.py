@@ -72,7 +72,7 @@ def panels(rows, columns, size=3.2):
 
 
 def inks(colours, n):
-    """A colour a point: dark blue, or by number in [0, 1), of different lightness too."""
+    """One colour per point: dark blue, or by number in [0, 1), differing in lightness too."""
     return [DARK] * n if colours is None else colormaps["plasma"](colours.numpy())
 
 

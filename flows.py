@@ -8,7 +8,7 @@ import torch
 
 
 def noise(stream, seed, index, shape):
-    """X0 ~ N(0, I) with a name: float32 tensor of `shape`, the same on any device and in any batch.
+    """X0 ~ N(0, I), named by stream, seed and index: float32 tensor of `shape`, the same on any device and in any batch.
 
     stream: 0 sampling and evaluation, 1 pair generation, so that no noise of an evaluation was ever trained on;
     seed and index: whole numbers >= 0. Raises ValueError where one is negative.

@@ -7,7 +7,7 @@ from weights import PARTS, PICKLES, weight_file
 
 
 def needed(listed, dtype=None):
-    """Which of a hub repository's files a model needs: configs, and of each part's weights one spelling."""
+    """Which of a hub repository's files a model needs: configs, and one variant of each part's weights."""
     files = [name for name in ("model_index.json", "instaflow.json", "scheduler/scheduler_config.json") if name in listed]
     for part in PARTS:
         inside = {name.removeprefix(part + "/") for name in listed if name.startswith(part + "/")}

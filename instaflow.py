@@ -97,7 +97,7 @@ class InstaFlow:
         if info.get("base") and info.get("base_weights") not in (None, weights.checksum(base, "vae", "text_encoder")):
             print(f"warning: {path} was trained with another VAE or text tower than {base} has now, so its pictures are wrong; train it again, or put those weights back", file=sys.stderr)
         try:
-            return cls(*modules, info, base if local == Path(path) else None).to(device, dtype)      # no model should lean on the hub's cache
+            return cls(*modules, info, base if local == Path(path) else None).to(device, dtype)      # no saved model should depend on the hub's cache
         except UserError as error:
             raise UserError(f"{where}: {error}") from None
 
@@ -151,7 +151,7 @@ class InstaFlow:
             return net(x, timestep(t), context)
         eps = lambda z, index: net(z, index, context)
         if x.device.type == "cpu" and not (torch.is_grad_enabled() or t.any()):
-            # One by one: at t = 0 rounding is multiplied by 1 / a = 15, and a CPU's differs between a batch and one alone.
+            # One by one: at t = 0 rounding errors are multiplied by 1 / a = 15, and on a CPU they differ between a batch and a single picture.
             eps = lambda z, index: torch.cat([net(*one) for one in zip(z.split(1), index.expand(len(z)).split(1), context.split(1), strict=True)])
         return diffusion.velocity_from_eps(eps, self.schedule)(x, t)
 
@@ -180,7 +180,7 @@ class InstaFlow:
         """From noise x0 [B, 4, h, w] along the model's ODE -> latents [B, 4, h, w]. context [B, L, C], null [1, L, C].
         Guidance is taken on what the U-Net predicts: on noise as Stable Diffusion does, on velocity as the paper does;
         it is the same formula. Raises ValueError for steps < 1, UserError for a sampler of the other kind."""
-        steps, x0 = self.info["steps"] if steps is None else steps, x0.contiguous(memory_format=torch.channels_last)    # and so is all that comes of it
+        steps, x0 = self.info["steps"] if steps is None else steps, x0.contiguous(memory_format=torch.channels_last)    # and so is all computed from it
         alpha = self.info["guidance"] if guidance is None else guidance
         sampler = sampler or self.info["sampler"]
         if sampler in ("euler", "heun"):
@@ -193,7 +193,7 @@ class InstaFlow:
 
     @torch.no_grad()
     def solve_from(self, start, x0, latents, context, null, steps=None, guidance=None):
-        """Picture to picture: from the flow's middle, (1 - start) noise + start latents, on to its end -> latents [B, 4, h, w].
+        """Image to image: from a point within the flow, (1 - start) noise + start latents, on to its end -> latents [B, 4, h, w].
         start in [0, 1] is the flow time: 0 forgets the picture, 1 keeps it. Euler's (or Heun's) steps, as many of `steps` as fall
         between start and 1. A noise predictor is read as its velocity, and guidance, which is linear, carries over."""
         steps = max(1, round((1 - start) * (self.info["steps"] if steps is None else steps)))
@@ -216,8 +216,8 @@ class InstaFlow:
 
     @torch.no_grad()
     def read(self, prompts):
-        """Text states of list[str] -> [n, 77, C]. The last list's are kept, for as long as the tower's weights are as they were: the same
-        prompts from other noise cost no text."""
+        """Text states of list[str] -> [n, 77, C]. Those of the last list are cached while the tower's weights are unchanged: the same
+        prompts with other noise need no text encoding."""
         weights = [(p.data_ptr(), p.dtype, 0 if p.is_inference() else p._version) for p in self.text.parameters()]
         key = prompts, weights, torch.is_autocast_enabled(self.device.type)
         if key != self._read[0]:
@@ -254,8 +254,8 @@ class InstaFlow:
 
 
 def to_predict(model, exact, path):
-    """What a U-Net that is trained from `model` is to predict: the velocity, as in the paper, or with exact still noise. Raises UserError
-    where that is not what the U-Net has been trained for so far: it would be read as the other, and have to learn all anew."""
+    """What a U-Net trained from `model` is to predict: the velocity, as in the paper, or, with exact, still the noise. Raises UserError
+    where training so far was for the other: the U-Net's output would be misread, and it would have to learn everything anew."""
     if exact and model.info["prediction"] == "velocity":
         raise UserError(f"--exact is for noise predictors, and {path} predicts the velocity; leave it out")
     if not exact and model.info["prediction"] == "epsilon" and model.info.get("pairs"):
@@ -302,6 +302,6 @@ def told(path):
     known = {"RectifiedFlowPipeline": "velocity", "StableDiffusionPipeline": "epsilon"}
     scheduler = path / "scheduler" / "scheduler_config.json"
     kind = weights.read_json(scheduler).get("prediction_type", "epsilon") if name == "StableDiffusionPipeline" and scheduler.exists() else "epsilon"
-    if kind != "epsilon":                                  # (what is left over in a RectifiedFlowPipeline's folder means nothing)
+    if kind != "epsilon":                                  # (a scheduler left over in a RectifiedFlowPipeline's folder means nothing)
         raise UserError(f"{scheduler} says that the U-Net predicts {kind}, which is neither noise nor the flow's velocity; this is another kind of model")
     return ({"prediction": known[name]}, index) if name in known else ({}, path)

@@ -5,7 +5,7 @@
 
 The trunk is VGG16 with few channels, under VGG16's key names: LPIPS is built on it, and its averages are the
 features of the miniature's FID. The head is a small CenterNet (Zhou et al. 2019): a heat map with one peak an
-object, and the object's shape, colour, size and place read off at the peak. A killed training goes on where it was.
+object, and the object's shape, colour, size and place read off at the peak. A killed training resumes where it stopped.
 """
 import copy
 import json
@@ -40,11 +40,11 @@ CHANNELS = (16, 32, 64, 96, 128)
 LAYERS = (2, 2, 3, 3, 3)      # VGG16's convolutions in each of its five blocks
 GRID, CELL = 16, 4.0          # cells a side, and pixels a cell, of the map of objects
 SIGMA = 0.8                   # cells, of the gaussian peak an object has in the heat map
-THRESHOLD = 0.4               # of the heat: at worst, four cells share a peak of exp(-0.25 / 0.64) = 0.68
-APART = 9.0                   # pixels, along the larger axis: closer than any two objects of a scene are
+THRESHOLD = 0.4               # on the heat: at worst an object lies between four cells, each at exp(-0.25 / 0.64) = 0.68
+APART = 9.0                   # pixels, along the larger axis: any two objects of a scene are farther apart
 PARTS = {"heat": 1, "offset": 2, "shape": len(scenes.SHAPES), "size": len(scenes.SIZES)}
 COLOURS = tuple(scenes.COLOURS)
-WINDOW = 14                   # pixels a side of where a colour is looked for: the least gap between two objects keeps others out
+WINDOW = 14                   # side in pixels of the window a colour is read from: small enough that no other object is in it
 
 Seen = namedtuple("Seen", "shape colour size x y heat")            # x, y in pixels; heat in [0, 1]: how sure
 Reading = namedtuple("Reading", "objects tone texture")            # what a picture shows: Seen objects, strongest first
@@ -80,7 +80,7 @@ class Judge(nn.Module):
         if images.shape[1:] != (3, scenes.SIZE, scenes.SIZE):
             raise ValueError(f"the judge reads images [B, 3, {scenes.SIZE}, {scenes.SIZE}], not {list(images.shape)}")
         x, taps = (images - self.shift) / self.scale, []
-        for i, layer in enumerate(self.features[:30]):             # the last pool serves nobody
+        for i, layer in enumerate(self.features[:30]):             # the last pool is not used
             x = layer(x)
             if i in (3, 15, 22, 29):
                 taps.append(x)
@@ -91,7 +91,7 @@ class Judge(nn.Module):
         fine, *taps = self.trunk(images)
         both = torch.cat([taps[1], F.interpolate(taps[2], scale_factor=2)], dim=1)          # [B, c4 + c5, 8, 8]
         out = dict(zip(PARTS, self.objects(both).float().split(list(PARTS.values()), dim=1)))      # [B, ..., 16, 16]
-        # Colour is read where no shape can be seen, or the judge learns that no ring is orange: an average over
+        # Colour is read from features that see no shape, else the judge learns that no ring is orange: an average over
         # the pixels that look like ink, in a window around each cell.
         weight, colour = self.ink(fine).float().split([1, len(COLOURS)], dim=1)             # [B, ..., 64, 64]
         weight = F.softplus(weight) + 1e-4
@@ -171,9 +171,9 @@ def matches(reading, claim, relations=True, margin=3.0):
 
 
 def exact_match(judge, images, captions):
-    """How many pictures show their captions -> {"n", "exact", "unordered" (relations ignored), "related" (of those right but for the
-    relations that their captions tell, how many have these right too; None where there are none. Placed at random, one relation holds
-    in some 0.4), "by_objects": {1: {the same}, ...}}, rates in [0, 1]. ValueError on a caption outside the grammar."""
+    """How many pictures show their captions -> {"n", "exact", "unordered" (relations ignored), "related" (of those with a relation
+    in the caption that are right apart from relations, the share with these right too; None where there are none. Placed at random,
+    one relation holds in some 0.4), "by_objects": {1: {the same}, ...}}, rates in [0, 1]. ValueError on a caption outside the grammar."""
     claims = [scenes.parse(caption) for caption in captions]
     hits = [(len(c.objects), matches(r, c), matches(r, c, relations=False), bool(c.relations)) for r, c in zip(judge.read(images), claims, strict=True)]
 
@@ -207,7 +207,7 @@ def augment(images, objects, rng):
     images = torch.where(flip[:, None, None, None], images.flip(3), images)
     x = torch.where(flip[:, None], scenes.SIZE - objects[..., 1], objects[..., 1])
     objects = torch.cat([objects[..., :1], x[..., None], objects[..., 2:]], dim=2)
-    # Colours nobody named, in half of the pictures: else a shape is known only in the colours it was trained in.
+    # Shuffled colour channels in half of the pictures: else a shape is known only in the colours it was trained in.
     odd = torch.arange(n) % 2 == 0
     mixed = images.gather(1, torch.rand(n, 3, generator=g).argsort(1)[:, :, None, None].expand_as(images))
     images = torch.where(odd[:, None, None, None], mixed, images)
@@ -221,8 +221,8 @@ def augment(images, objects, rng):
 
 
 def judge_loss(out, objects, ground, true):
-    """Losses [B] of the judge's maps. Everything an object has is asked of all cells near it, by their heat:
-    whichever of them turns out the peak, it knows the answer."""
+    """Losses [B] of the judge's maps. All cells near an object are trained on its attributes, weighted by their heat:
+    whichever of them turns out to be the peak knows the answer."""
     centre = (torch.arange(GRID, device=objects.device) + 0.5)                              # in cells
     dx = objects[:, :, 1, None, None] / CELL - centre[None, None, None, :]                  # [B, 3, 1, 16]
     dy = objects[:, :, 2, None, None] / CELL - centre[None, None, :, None]                  # [B, 3, 16, 1]

@@ -1,6 +1,6 @@
-"""The log of a training: JSON lines and their plot. The loss, by time too; what the gradient did; how fast, how full, how long yet.
+"""The log of a training: JSON lines and their plot. Loss, also by t; gradient norm and skipped steps; speed, memory, time left.
 
-Everything is over all processes, and seconds are those of the clock: sample grids and checkpoints slow a run, and count.
+Everything is over all processes, and seconds are wall-clock time: sample grids and checkpoints slow a run, and count.
 """
 import json
 import math
@@ -22,12 +22,12 @@ from checkpoint import write
 
 # Dense bf16 FLOP/s by NVIDIA's data sheets, for names as torch.cuda.get_device_name() gives them; the first that fits.
 PEAKS = (("H200", 989e12), ("H100 PCIe", 756e12), ("H100 NVL", 835e12), ("H100", 989e12), ("A100", 312e12), ("L40S", 362e12), ("RTX 4090", 165e12))
-SKIPS, OF = 20, 100                                        # more skipped steps than this, of so many, and a run is stopped
+SKIPS, OF = 20, 100                                        # a run is stopped after more than SKIPS skipped steps among the last OF
 
 
 class Log:
-    """JSON lines in `folder`/log.jsonl and their plot, log.png. Lines from `step` on (of a run that was killed) go.
-    total: steps of the run, for the time left; flops: model operations a sample, for their share of the peak where it is known."""
+    """JSON lines in `folder`/log.jsonl and their plot, log.png. Lines after `step` (of a run that was killed) are dropped.
+    total: steps of the run, for the time left; flops: the model's operations per sample, for its share of the peak FLOP/s where that is known."""
 
     def __init__(self, folder, step=0, bins=10, writes=True, total=0, flops=0):
         self.path, self.bins, self.writes, self.total, self.flops = Path(folder) / "log.jsonl", bins, writes, total, flops
@@ -136,7 +136,7 @@ def peak_memory(device):
 
 def hardware():
     """The device's name, for whoever reads a number measured on it."""
-    if torch.cuda.is_initialized():                        # whoever computes on the CPU beside a GPU never does that
+    if torch.cuda.is_initialized():                        # not so when computing on the CPU of a machine with a GPU
         return torch.cuda.get_device_name()
     info = Path("/proc/cpuinfo")
     names = re.findall(r"model name\s*:\s*(.+)", info.read_text()) if info.exists() else []
@@ -144,7 +144,7 @@ def hardware():
 
 
 def made(folder, seed):
-    """Where a model comes from, for its JSON: command, seed, hardware, seconds (by the log: over all restarts, less what was done twice), date."""
+    """Where a model comes from, for its JSON: command, seed, hardware, seconds (from the log: over all restarts, lost work not counted), date."""
     lines = filter(None, map(_json, (Path(folder) / "log.jsonl").read_text().splitlines()))
     return {"command": " ".join(["python", *sys.argv]), "processes": int(os.environ.get("WORLD_SIZE", 1)), "seed": seed, "hardware": hardware(),
             "seconds": round(sum(line.get("seconds", 0) for line in lines)), "date": time.strftime("%Y-%m-%d")}

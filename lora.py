@@ -1,4 +1,4 @@
-"""LoRA and differences of weights, merged into an InstaFlow. Merged is merged: nothing is slower afterwards, and `save` keeps it.
+"""LoRA and weight differences, merged into an InstaFlow's weights: nothing is slower afterwards, and `save` keeps them.
 
     lora.load_lora(model, "style.safetensors", 0.8)                        # several, one after the other
     lora.add_difference(model, "dreamshaper.safetensors", "v1-5.ckpt")     # how InstaFlow's authors personalise it
@@ -21,7 +21,7 @@ import weights
 from cli import UserError
 from instaflow import InstaFlow, told
 
-# The two matrices and their scale, at the end of a key, in each spelling; `-` stands for the layer's weight itself.
+# How a key ends, in each spelling, for the two matrices and their scale.
 _ENDS = [(".lora_down.weight", "down"), (".lora_up.weight", "up"), (".lora_A.weight", "down"), (".lora_B.weight", "up"), (".lora.down.weight", "down"),
          (".lora.up.weight", "up"), (".lora_linear_layer.down.weight", "down"), (".lora_linear_layer.up.weight", "up"), ("_lora.down.weight", "down"),
          ("_lora.up.weight", "up"), (".alpha", "alpha")]
@@ -29,8 +29,8 @@ _OTHER_KINDS = {"dora_scale": "a DoRA", "lora_magnitude_vector": "a DoRA", "hada
 
 
 def _layers(model):
-    """Every name a LoRA file may have for a layer -> that layer's weight, a view into the model. Names are kohya's, dots and
-    underscores alike underscores: no two layers' differ by just that."""
+    """Every name a LoRA file may have for a layer -> that layer's weight, a view into the model. Names are kohya's, with
+    dots turned into underscores: no two layers' names differ by just that."""
     layers = {}
     for key, value in model.unet.state_dict().items():
         if key.endswith(".weight") and value.dim() > 1:
@@ -138,7 +138,7 @@ def load_lora(model, path, scale=1.0):
 
 
 def _opened(model):
-    """An InstaFlow, as it is or from where InstaFlow.load finds one, each tensor in its own dtype. (What it predicts matters not.)"""
+    """An InstaFlow as it is, or loaded from anything InstaFlow.load takes, each tensor in its own dtype. (What it predicts does not matter.)"""
     if isinstance(model, InstaFlow):
         return model
     known = told(hub.locate(model))[0].get("prediction")

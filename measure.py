@@ -70,8 +70,8 @@ def reconstruct(model, images):
 
 
 class Evaluation:
-    """Captions of n scenes that no training drew, and the judge. FID is to n other such scenes, so that real scenes have
-    one too: what is left of it at this n."""
+    """Captions of n scenes that no training drew, and the judge. FID is measured against n other such scenes, so that real scenes have
+    one too: the least to expect at this n."""
 
     def __init__(self, args, n, split):
         self.seed, self.judge = args.seed, Judge.load(args.judge, args.device)
@@ -90,7 +90,7 @@ class Evaluation:
     def continued(self, name, model, folder, whose, t):
         """For `keep`: the scores of pictures that start at time t on the line between noise and the end of the teacher `whose` (its name in
         `folder`, steps, guidance, sampler), and go on by the model itself, in as many of its steps as are left, without guidance. `ends`
-        knows captions of the split "train" alone: so must the evaluation's be."""
+        has captions of the split "train" only, so the evaluation must be on that split."""
         def measure():
             x1, drawn = ends(folder / whose[0], len(self.captions), self.seed, model.device, *whose[1:]), []
             for (x0, context, null), end in zip(batches(model, self.captions, self.seed, name), x1.split(BATCH), strict=True):
@@ -128,8 +128,8 @@ def ends(path, n, seed, device, steps, guidance, sampler):
 
 
 def teacher(folder, name, model):
-    """Whose path's end a model is to reach: of the model in `folder` that made the pairs it was trained on, as they were made; without
-    pairs, of itself -> (its name, steps, guidance, sampler), or None where that very model is not there."""
+    """The teacher whose path's end a model is to reach: the model in `folder` that made its training pairs, solved as for those; without
+    pairs, the model itself -> (its name, steps, guidance, sampler), or None where that very model is not there."""
     made = model.info.get("pairs")
     if not made:
         return name, *(model.info[key] for key in ("steps", "guidance", "sampler"))

@@ -1,9 +1,9 @@
-"""The miniature: Stable Diffusion in small, trained from nothing on captioned scenes, and the whole pipeline on it.
+"""The miniature: a small Stable Diffusion, trained from scratch on captioned scenes, and the whole pipeline on it.
 
     python mini.py teacher --out models/mini-sd         # VAE, then text tower and noise-predicting U-Net
-    python mini.py all                                  # every stage from nothing, printing each command line it runs
+    python mini.py all                                  # every stage from scratch, printing each command line it runs
 
-A killed stage goes on where it was: run the same line again.
+A killed stage resumes where it stopped: run the same line again.
 """
 import copy
 import dataclasses
@@ -37,7 +37,7 @@ VAE_TRAINING = Namespace(
     lr=2e-3,              # cosine to zero
     warmup=100,
     ema=0.995,
-    kl=1e-5,              # of the KL a latent: just enough that latents keep a scale
+    kl=1e-5,              # weight of the KL per latent: just enough that latents keep a scale
     seed=0,               # scenes (seed, 0, 1, ...): every picture is new
     log_every=50,
     save_every=500,
@@ -45,8 +45,8 @@ VAE_TRAINING = Namespace(
 TEACHER_TRAINING = Namespace(
     scenes=64_000,        # encoded once; seen 40 times
     iterations=40_000,
-    related=4_000,        # of the iterations, the first: only scenes of two objects whose caption says which is where. Among others
-                          # the words of place are learned many times as late (Teacher)
+    related=4_000,        # the first iterations see only scenes of two objects whose caption says which is where. Among others
+                          # the words of place take many times as long to learn (Teacher)
     batch=64,
     lr=6e-4,              # constant, so that a run can be made longer from any checkpoint of that part,
     warmup=200,
@@ -54,8 +54,8 @@ TEACHER_TRAINING = Namespace(
     cosine=False,
     ema=0.999,
     min_snr=5.0,          # weigh by min(SNR, this) / SNR, else faint textures have most of the gradient (Hang et al. 2023)
-    skew=0.5,             # timestep 1000 u^skew, u uniform: more of where the noise is strong, and the scene's layout decided
-    velocity=10.0,        # and by min(1 + 1 / SNR, this), which makes it a velocity's error (Salimans & Ho 2022): layout has little of a noise's
+    skew=0.5,             # timestep 1000 u^skew, u uniform: more of the strong noise, where the scene's layout is decided
+    velocity=10.0,        # and by min(1 + 1 / SNR, this), which makes it a velocity error (Salimans & Ho 2022): layout has little weight in a noise error
     where=0.5,            # weight of the loss that has the tower know where things are (Teacher)
     drop=0.1,             # of the prompts become NULL, so that guidance has something to guide away from
     seed=0,
@@ -110,14 +110,14 @@ class _Autoencode(nn.Module):
 
 class Teacher(nn.Module):
     """Text tower and U-Net, trained together: (x [B, 4, h, w], timestep [B], token ids [B, 77]) -> noise, and for each token [B, 77, 2]
-    where in the picture the thing that it names is. That second task is for the training alone. Stable Diffusion's tower comes from
-    CLIP, which had looked at pictures for long; with the noise alone to learn from, this one soon has words of place no longer
-    change the states of what follows them, since that disturbs the reading of colours, and never finds out what they are for."""
+    where in the picture the thing that it names is. That second task is for training only. Stable Diffusion's tower comes from
+    CLIP, which was long trained on pictures; with only the noise to learn from, this one soon no longer lets words of place change
+    the states of what follows them, since that disturbs the reading of colours, and never finds out what they are for."""
 
     def __init__(self):
         super().__init__()
         self.unet, self.text, self.where = UNet(UNET), TextTower(TEXT), nn.Linear(TEXT.hidden_size, 2)
-        # Token and position embeddings at one scale: with open_clip's 0.02 and 0.01 beside what the tokens grow to, the
+        # Token and position embeddings at one scale: with open_clip's 0.02 and 0.01, small beside what the tokens grow to, the
         # tower stays a bag of words, and "left of" is never learned.
         nn.init.normal_(self.text.tower.token_embedding.weight, std=0.5)
         nn.init.normal_(self.text.tower.positional_embedding, std=0.5)
@@ -144,8 +144,8 @@ def standardise(vae):
 
 
 def places(drawn, ids):
-    """Where each object of Scenes is named, as the place of its shape among the caption's token ids [N, 77], 0 where there is no
-    object, and where it is shown, its centre in [-1, 1] -> int64 [N, 3], float32 [N, 3, 2]."""
+    """Where each object of Scenes is named, as the position of its shape's word among the caption's token ids [N, 77], 0 where
+    there is no object, and where it is shown, as its centre in [-1, 1] -> int64 [N, 3], float32 [N, 3, 2]."""
     words = dict(zip(scenes.SHAPES, tokenize(scenes.SHAPES)[:, 1].tolist()))
     named, shown = torch.zeros(len(ids), 3, dtype=torch.long), torch.zeros(len(ids), 3, 2)
     for i, (scene, row) in enumerate(zip(drawn, ids.tolist())):
@@ -193,7 +193,7 @@ def train_teacher(out, world, compiled=False):
     net, null, bar = training.distributed(teacher, world), tokenize([""]), Schedule.stable_diffusion().alphas_cumprod.float()
 
     def draw(step):
-        """This process's share of a batch: x, noise, timestep, token ids, SNR, and of the objects named, where: place in the caption, in the picture, if asked for."""
+        """This process's share of a batch: x, noise, timestep, token ids, SNR, and of each named object: place in the caption, in the picture, whether asked for."""
         rows = torch.from_numpy(world.share(training.batch_indices(s.seed, step, s.batch, len(related) if step < s.related else len(latents))))
         rows = related[rows] if step < s.related else rows
         rng = training.step_generator(s.seed, step)
@@ -233,8 +233,8 @@ STUDENT = "--batch 32 --warmup 100 --cosine --ema 0.998 --save-every 200 --sampl
 
 
 def pipeline(root, short=False):
-    """The command lines of the whole miniature, in order: the paper's stages, and beside them direct distillation at its cost in all:
-    as many iterations as reflow and L2 have together, pairs of as many U-Net passes (10240 x 20 + 32768 x 16), and the same LPIPS."""
+    """The command lines of the whole miniature, in order: the paper's stages, and beside them direct distillation at equal total cost:
+    as many iterations as reflow and L2 have together, pairs from as many U-Net passes (10240 x 20 + 32768 x 16), and the same LPIPS."""
     n = (lambda full, little: little if short else full)
     root = shlex.quote(str(root))
     models, pairs = f"{root}/models", f"{root}/pairs"
@@ -257,12 +257,12 @@ def pipeline(root, short=False):
 
 
 def run(line):
-    """A command line of the pipeline. One that is done already ends at once: each goes on where it was."""
+    """Run one command line of the pipeline. One that is done already ends at once: each resumes where it stopped."""
     print(f"\n$ python {line}", flush=True)
     script, *words = shlex.split(line)
     code = subprocess.run([sys.executable, Path(__file__).parent / script, *words], check=False).returncode
     if code:
-        raise cli.UserError(f"`python {line}` ended with status {code}; mend what it says, and run the same line again: it goes on from there")
+        raise cli.UserError(f"`python {line}` ended with status {code}; fix what it reports, and run the same line again: it resumes from there")
 
 
 def run_all(args, world):
@@ -281,7 +281,7 @@ def main():
     everything.set_defaults(run=run_all)
     everything.add_argument("--root", default="runs/mini", help="where models/ and pairs/ are made")
     for command in (teacher, everything):
-        command.add_argument("--short", action="store_true", help="a few steps of everything: the plumbing, no pictures")
+        command.add_argument("--short", action="store_true", help="a few steps of everything, to test the plumbing: its pictures show nothing")
     args = parser.parse_args()
     if args.short:
         for settings in (VAE_TRAINING, TEACHER_TRAINING):

@@ -1,9 +1,9 @@
-"""What each spelling of the field calls a tensor. The modules here have the diffusers layout's names (transformers' for the
-text tower, but for what open_clip fuses), so only three others need renaming:
+"""What each naming scheme in the field calls a tensor. U-Net and VAE here have the
+diffusers layout's names, the text tower open_clip's. What is renamed:
 
     ldm            the single files of Stable Diffusion (CompVis' and A1111's layout), U-Net and VAE
     old diffusers  the VAE attention's query, key, value, proj_attn
-    open_clip      the text tower's: query, key and value weights are one tensor
+    transformers   the text tower in every folder; open_clip's query, key and value weights are one tensor
 
 Whole names are matched, never parts of them. Nothing here checks that all are there: weights.py does.
 """

@@ -95,7 +95,7 @@ def generate(model, prompts, indices, args, made):
 
 
 def merge(folder, k, parts):
-    """The parts of shard k, made into it. Killed in between, the shard is there, and the next run removes what is left."""
+    """Merge the parts of shard k into it. If killed before the parts are gone, the shard is there, and the next run removes them."""
     paths = [part_path(folder, k, j, len(parts)) for j in range(len(parts))]
     opened = [open_shard(path) for path in paths]
     for path, file, rows in zip(paths, opened, parts):
@@ -143,7 +143,7 @@ class PairDataset:
                 file = open_shard(path)
                 self.shards[number] = {key: file.get_tensor(key) for key in TENSORS}, path, os.stat(path).st_size
             tensors, path, size = self.shards[number]
-            if os.stat(path).st_size != size:              # to read beyond a mapped file's end would be the process's end, without a word
+            if os.stat(path).st_size != size:              # reading past a mapped file's end would kill the process without a message
                 raise UserError(f"{path} was changed while it was in use; delete it and run the same pairs.py line again")
         except FileNotFoundError:
             raise self._missing(number) from None
@@ -195,14 +195,14 @@ def make(words):
     parser.add_argument("--model", required=True, help="the model whose ODE is solved")
     parser.add_argument("--prompts", required=True, help="a text file, one prompt a line, or a .jsonl file")
     parser.add_argument("--out", type=cli.folder, required=True, help="folder of shards; what is there is not made again")
-    parser.add_argument("--number", type=cli.positive, help="pairs in all (default: one a prompt; more go round the file again)")
+    parser.add_argument("--number", type=cli.positive, help="pairs in all (default: one a prompt; beyond that the prompts repeat)")
     parser.add_argument("--steps", type=cli.positive, help="of the sampler (the paper: 25; default: the model's own)")
     parser.add_argument("--guidance", type=cli.number(), help="the paper: 5.0 on Stable Diffusion's noise, 1.5 on the 2-rectified flow's velocity")
     parser.add_argument("--seed", type=cli.seed, default=0, help="of the noise, in stream 1")
     parser.add_argument("--batch", type=cli.positive, default=64, help="pictures at a time")
     parser.add_argument("--shard", type=cli.positive, help="pairs a file (default: the folder's, or what makes about 1 GB)")
     parser.add_argument("--float32", action="store_true", help="no bf16")
-    parser.add_argument("--graphs", action="store_true", help="on a GPU, replay CUDA graphs: for networks so small that it computes faster than Python tells it what")
+    parser.add_argument("--graphs", action="store_true", help="on a GPU, replay CUDA graphs: for networks so small that launching kernels takes longer than running them")
     parser.add_argument("--device", type=cli.device, help="default: the GPU where there is one")
     args = parser.parse_args(words)
 

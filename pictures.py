@@ -117,7 +117,7 @@ def write_png(path, image):
 
 def read_captions(path, number=None):
     """-> list of (picture's file name without suffix, or None; caption). COCO's captions_*.json: the first caption of each image,
-    by image number; where fewer are asked for, images drawn once and for all. JSON lines: "caption", "prompt" or "text", and
+    by image id; where fewer are asked for, a fixed random subset of the images. JSON lines: "caption", "prompt" or "text", and
     "file_name" if any. Else a text file, one a line. Raises UserError."""
     suffix = Path(path).suffix.lower()
     if suffix == ".json":
@@ -141,7 +141,7 @@ def read_captions(path, number=None):
                 row = {"caption": row} if isinstance(row, str) else row
                 name = row.get("file_name")
                 rows.append((Path(name).stem if name else None, next(row[key] for key in ("caption", "prompt", "text") if key in row).strip()))
-                rows[-1][1].encode()                       # JSON can spell half a character
+                rows[-1][1].encode()                       # JSON can hold a lone surrogate
             except (ValueError, AttributeError, TypeError, StopIteration):
                 raise UserError(f'{path}: line {i} is no JSON object with "caption", "prompt" or "text"') from None
     else:

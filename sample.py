@@ -66,7 +66,7 @@ class Clock(dict):
 
 @contextmanager
 def at_work(module, args):
-    """With --low-memory a module comes to its device when it is to work, and is gone when it has worked."""
+    """With --low-memory a module is loaded onto its device when it is needed, and freed afterwards."""
     if args.low_memory:
         fast.place(module, args.device, args.dtype)
     if not args.compile:
@@ -79,7 +79,7 @@ def at_work(module, args):
 @torch.no_grad()
 def pictures(model, prompts, args, steps=None, first=None, clock=None):
     """Yield a PIL image a prompt. Text comes first, each different prompt once; then U-Net and decoder, `args.batch` pictures at a time,
-    with --low-memory the one for all and then the other. first: the noise [B, 4, h, w], None for that of --seed."""
+    with --low-memory the U-Net for all, then the decoder. first: the noise [B, 4, h, w], None for that of --seed."""
     clock = Clock() if clock is None else clock            # an empty one is False
     guidance = model.info["guidance"] if args.guidance is None else args.guidance
     if first is None:
@@ -161,7 +161,7 @@ def load(path, args, steps):
         print(f"warning: --negative does nothing at guidance 1, which is {Path(path).name}'s here; give --guidance", file=sys.stderr)
     if args.compile:
         for module in (model.text.tower, model.unet, model.vae.decoder):
-            fast.compiled(module, args.device, graphs=model.info["sampler"] != "heun")           # which holds two outputs at a time
+            fast.compiled(module, args.device, graphs=model.info["sampler"] != "heun")           # Heun holds two outputs at a time
     if args.image and model.info.get("trained_steps"):
         print("warning: this model was distilled to go from noise to picture at once; from a picture (--image) it blurs: use the model it was distilled from", file=sys.stderr)
     return model
@@ -208,10 +208,10 @@ def arguments():
     add("--guidance", type=cli.number(), help="strength of the prompt (default: the model's own; 1 is none)")
     add("--negative", default="", help="the prompt that guidance leads away from")
     add("--model", help="a model folder, a single .safetensors or .ckpt file of Stable Diffusion 1.x's, or a hub name (default: the shipped miniature)")
-    add("--prediction", choices=("velocity", "epsilon"), help="of a folder or file that does not say it itself: Stable Diffusion predicts epsilon (noise)")
+    add("--prediction", choices=("velocity", "epsilon"), help="what the U-Net predicts, for a folder or file that does not say so; Stable Diffusion's: epsilon (noise)")
     add("--random-weights", choices=("sd15", "stacked"), help="no model at all: random weights of that size, to see whether it runs. Pictures are noise")
     add("--lora", type=lora_and_scale, action="append", default=[], metavar="FILE[:SCALE]", help="a LoRA to merge in; may be given several times")
-    add("--image", type=Path, metavar="FILE", help="start from this picture in the flow's middle, not from noise")
+    add("--image", type=Path, metavar="FILE", help="start from this picture, partway along the flow, not from noise")
     add("--strength", type=cli.number(0, 1), default=0.6, help="with --image: share of the path that is drawn anew; 1 forgets the picture")
     add("--device", type=cli.device, default="cuda" if torch.cuda.is_available() else "cpu")
     add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
@@ -221,7 +221,7 @@ def arguments():
     add("--tile", type=cli.positive, nargs="?", const=512, metavar="PIXELS", help="decode in tiles of so many pixels a side (alone: 512), blended: less memory, but not "
         "quite the same picture, since norms and attention see one tile")
     add("--compile", action="store_true", help="torch.compile, on a GPU with CUDA graphs: minutes at the first run of a size, kept on disk for the next")
-    add("--low-memory", action="store_true", help="text tower, U-Net and decoder come into memory one after the other, and leave it; the picture is the same")
+    add("--low-memory", action="store_true", help="text tower, U-Net and decoder are loaded one after the other, and freed; the picture is the same")
     add("--out", type=Path, default=Path("out.png"))
     add("--interpolate", type=cli.seed, nargs=2, metavar="SEED", help="a strip of --frames pictures between two seeds' noises")
     add("--frames", type=cli.positive, default=8)

@@ -63,7 +63,7 @@ def _bpe():
     import regex                                           # open_clip needs it too
     from open_clip.tokenizer import SimpleTokenizer
     bpe, special = SimpleTokenizer(), {"<|startoftext|>": START, "<|endoftext|>": END}
-    bpe.clean_fn = lambda text: "".join(c.lower() for c in " ".join(unicodedata.normalize("NFC", text).split()))   # a letter at a time: a final sigma stays one
+    bpe.clean_fn = lambda text: "".join(c.lower() for c in " ".join(unicodedata.normalize("NFC", text).split()))   # a letter at a time: no special case for a final sigma
     bpe.pat = regex.compile(r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+")
     bpe.encoder.update(special)
     bpe.cache = {token: token for token in special}

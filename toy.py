@@ -4,7 +4,7 @@
     python toy.py --data 8gaussians --gif toy.gif   # the particles flowing
     python toy.py --data spirals --seeds 5          # mean and deviation over five seeds
 
-Read it from top to bottom, like the paper. Everything the experiments below turn is a flag; `--help` lists them.
+Read it from top to bottom, like the paper. Everything that the experiments below vary is a flag; `--help` lists them.
 """
 import argparse
 import copy
@@ -226,7 +226,7 @@ def measure(flow, student, args):
 
 
 def floor(args):
-    """The same for the truth, by mean over five draws: two samples of it, and X0 and X1 drawn apart."""
+    """The same for the truth, as the mean over five draws: W2 of two samples of it, and the cost of X0 and X1 drawn independently."""
     rng, rows = np.random.default_rng([args.seed, 2]), []
     for _ in range(5):
         x0, x, y = gauss(rng, CHECKED), draw(args.data, rng, CHECKED)[0], draw(args.data, rng, CHECKED)[0]
@@ -251,7 +251,7 @@ def exact_velocity(x, t):
 
 
 def exact_row():
-    """That flow as a row, its student the map it ends in, m + C^1/2 X0: what a learnt row can at best be."""
+    """That flow as a row, its student the map to its ends, m + C^1/2 X0: the best that a learnt row can be."""
     there = lambda x0: torch.tensor(MEAN) + x0 @ torch.from_numpy(root_covariance()).float()
     return Flow("exact", lambda x, t, label: exact_velocity(x, t)), lambda x0, t, label: there(x0) - x0
 
@@ -318,7 +318,7 @@ def main():
     add("--coupling", choices=("independent", "minibatch-ot"), default="independent", help="of the 1-rectified flow's noise and data")
     add("--solver", choices=("euler", "heun"), default="euler", help="of the samples (Heun calls the net twice a step)")
     add("--pairs", type=cli.positive, default=PAIRS, help=f"that reflow and distillation train on; default {PAIRS}")
-    add("--labels", type=cli.number(0.01, 100), metavar="ALPHA", help="a flow conditioned on the data's parts, the first one sampled with this guidance")
+    add("--labels", type=cli.number(0.01, 100), metavar="ALPHA", help="condition flows on the data's parts, and sample the first one with this guidance")
     add("--vp", action="store_true", help="put a diffusion model, read as a velocity, beside the rectified flows")
     add("--length", type=cli.number(1e-3), default=1.0, help="stretches every training; below 1 it is quicker and worse")
     add("--out", type=Path, default=Path("toy.png"), help="the figure; default toy.png")

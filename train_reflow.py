@@ -5,9 +5,9 @@
     torchrun --nproc-per-node 8 train_reflow.py ...                                                     # one node
     torchrun --nnodes 4 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 train_reflow.py ...
 
-The defaults are the paper's. The teacher's U-Net is the initialisation as it is, also where it predicts noise: it is
-fine-tuned to give the velocity. With --exact it goes on predicting noise and is read as a velocity: training
-starts at the teacher's flow. Run the same line again and it goes on where it was.
+The defaults are the paper's. The teacher's U-Net is the initialisation as it is, even if it predicts noise: it is
+fine-tuned to predict the velocity. With --exact it goes on predicting noise and is read as a velocity: training
+starts at the teacher's flow. Run the same line again and it resumes where it stopped.
 """
 import numpy as np
 import torch

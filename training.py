@@ -1,7 +1,7 @@
 """What every training loop shares: processes, random draws, EMA, the optimiser's step, and the loop's frame.
 
 Nothing random is ever saved: whatever step s needs is drawn from (seed, s) for the whole global batch, and each
-process takes its slice. So any number of processes trains the same, and a run goes on where it was killed.
+process takes its slice. So any number of processes trains the same, and a killed run resumes where it stopped.
 """
 import copy
 import functools
@@ -59,7 +59,7 @@ def start(device=None, hours=24):
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         store, rank, size = next(rendezvous("env://"))
-        if os.environ.get("GROUP_WORLD_SIZE") == "1":      # torchrun keeps its store over a restart, and in it the addresses of processes that are no more;
+        if os.environ.get("GROUP_WORLD_SIZE") == "1":      # torchrun keeps its store across a restart, with the addresses of dead processes in it;
             store = dist.PrefixStore(f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)       # on several nodes this count may differ: README
         dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", store=store, rank=rank, world_size=size, timeout=timedelta(hours=hours))
     return World(dist.get_rank(), dist.get_world_size(), torch.device(device))
@@ -124,7 +124,7 @@ def prepare(unet, args, world):
         torch._dynamo.config.recompile_limit = 64          # blocks of one class share it
         for name, module in unet.named_modules():
             if re.fullmatch(r"((first|second)\.)?(down_blocks\.\d+|mid_block|up_blocks\.\d+)", name):
-                module.compile(dynamic=False)              # blocks differ in size, which else is taken for a size that changes
+                module.compile(dynamic=False)              # blocks differ in size, which would be taken for dynamic shapes
     if args.graphs:
         size, batch = unet.config.sample_size, args.batch
         inputs = like(batch, unet.config.in_channels, size, size).to(memory_format=torch.channels_last), like(batch), like(batch, 77, unet.config.cross_attention_dim)
@@ -207,10 +207,10 @@ def add_flags(parser):
     add("--accumulate", type=cli.positive, default=1, help="parts in which each process goes through its share of a batch: less memory, the same result")
     add("--lr", type=cli.number(0), default=1e-6, help="the paper's, for fine-tuning Stable Diffusion; small nets want 1e-4 and more")
     add("--warmup", type=cli.seed, default=1000, help="steps until the learning rate is reached")
-    add("--cosine", action="store_true", help="let it fall to zero; the paper keeps it constant")
+    add("--cosine", action="store_true", help="let the learning rate fall to zero; the paper keeps it constant")
     add("--weight-decay", type=cli.number(0), default=1e-2, help="AdamW's")
-    add("--clip", type=cli.number(0), default=1.0, help="the gradient's largest norm")
-    add("--explode", type=cli.number(0), default=1000.0, help="a gradient of a larger norm is no gradient: the step is skipped")
+    add("--clip", type=cli.number(0), default=1.0, help="norm that a larger gradient is scaled down to")
+    add("--explode", type=cli.number(0), default=1000.0, help="norm above which a gradient is not used: the step is skipped")
     add("--ema", type=cli.number(0, 1), default=0.9999, help="decay of the average of the weights, which is what is saved")
     add("--seed", type=cli.seed, default=0, help="of the data's order, t and dropped prompts")
     add("--log-every", type=cli.positive, default=50)
@@ -219,18 +219,18 @@ def add_flags(parser):
     add("--float32", action="store_true", help="no bf16")
     add("--checkpoint", action="store_true", help="compute activations again in the backward pass: a fraction of the memory, a third more work")
     add("--compile", action="store_true", help="torch.compile: minutes at the start, faster steps on a GPU")
-    add("--graphs", action="store_true", help="replay CUDA graphs: for networks so small that a GPU computes faster than Python tells it what")
+    add("--graphs", action="store_true", help="replay CUDA graphs: for networks so small that launching kernels takes longer than running them")
     add("--device", type=cli.device, help="default: the GPU where there is one")
 
 
 def recipe(args):
-    """The settings that decide a run's result: a checkpoint made with others is another run's. (`iterations` do where the
-    learning rate's schedule ends with them; else a run can be made longer.)"""
+    """The settings that decide a run's result: a checkpoint made with others is another run's. (`iterations` is one where the
+    learning rate's schedule depends on it; else a run can be made longer.)"""
     decisive = {"batch", "clip", "cosine", "drop", "ema", "float32", "lr", "seed", "warmup", "weight_decay",                   # all, and then
                 "density", "linear", "loss", "lpips_size", "model", "pairs", "vgg",                                           # reflow's and distillation's,
                 "images", "kl", "min_snr", "related", "scenes", "skew", "velocity", "where"}                                  # the miniature's
     decisive |= {"iterations"} if getattr(args, "cosine", True) else set()
-    newer = dict(huber=False, exact=False, l2=0, steps=1)  # checkpoints older than these flags go on
+    newer = dict(huber=False, exact=False, l2=0, steps=1)  # checkpoints older than these flags can still be resumed
     decisive |= {flag for flag, default in newer.items() if getattr(args, flag, default) != default}
     return {k: os.path.normpath(v) if k in ("model", "pairs") else v for k, v in vars(args).items() if k in decisive}
 
@@ -283,7 +283,7 @@ def terminations():
 
 def steps(settings, world, folder, model, ema, optimizer, recipe, cosine=False, work=0):
     """Yield (step, log, learning rate) for every step that is still to do, going on from the newest checkpoint in `folder`.
-    When the loop's body has ended: EMA, and now and then a line of the log and a checkpoint. After a SIGTERM to any process all
+    After the loop's body: EMA, and at intervals a line of the log and a checkpoint. After a SIGTERM to any process all
     end with status 143, as the shell has it, once a checkpoint is written.
     settings: .iterations, .lr, .warmup, .ema, .log_every, .save_every. work: floating point operations a sample, for the log.
     Raises UserError where `folder` holds another run."""
@@ -310,7 +310,7 @@ def steps(settings, world, folder, model, ema, optimizer, recipe, cosine=False, 
                 save_checkpoint(folder, step + 1, pack(model, ema, optimizer), {"recipe": recipe})
                 log.plot(name)
             if stop and not last:
-                barrier()                                  # nobody leaves, and has the others killed, before the checkpoint is whole
+                barrier()                                  # no process exits, and gets the others killed, before the checkpoint is whole
                 bar.close()
                 if world.rank == 0:
                     print(f"{Path(sys.argv[0]).name}: SIGTERM at iteration {step + 1}: a checkpoint is written, and the same line goes on from there", file=sys.stderr)

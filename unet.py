@@ -27,7 +27,7 @@ class UNetConfig:
     sample_size: int = 64                        # height and width of the latents it was trained on
     stacked: bool = False
 
-    # What a U-Net of this family may say in its config.json, and the only value of it that this file computes.
+    # Settings that a U-Net of this family may have in its config.json, each with the only value implemented here.
     FIXED = {"act_fn": "silu", "flip_sin_to_cos": True, "freq_shift": 0, "downsample_padding": 1, "mid_block_scale_factor": 1,
              "center_input_sample": False, "use_linear_projection": False, "only_cross_attention": False, "dual_cross_attention": False,
              "class_embed_type": None, "addition_embed_type": None, "num_class_embeds": None, "encoder_hid_dim": None,

@@ -48,8 +48,8 @@ class VAEConfig:
 
 
 def silu(x):
-    """Of a norm's output, in place: nothing else reads it, and on a CPU fresh memory costs more than the arithmetic. Where there
-    will be gradients autograd would keep a copy, so there it is not."""
+    """SiLU of a norm's output, in place: nothing else reads it, and on a CPU fresh memory costs more than the arithmetic. With
+    gradients enabled autograd would keep a copy, so then it is not in place."""
     return F.silu(x, inplace=not torch.is_grad_enabled())
 
 
@@ -199,7 +199,7 @@ class VAE(nn.Module):
         overlap, f = tile // 4, self.config.factor
 
         def windows(size):
-            """Where tiles start, and of each its weights along this axis [f tile]: they rise and fall over the overlaps."""
+            """Each tile's start, side and weights along this axis [f side]: weights rise and fall over the overlaps."""
             side = min(tile, size)
             starts = [*range(0, size - side, side - overlap), size - side]
             ramp = torch.linspace(0, 1, f * overlap + 2)[1:-1]

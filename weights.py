@@ -4,10 +4,10 @@
                   in shards with an index, with or without `.fp16.` in the name
     single files  the ldm layout, as .safetensors or .ckpt, with or without EMA
 
-Every key is used, every shape is equal and every dtype is floating point, or it is a UserError that names the file and the
-key. A pickle that could run code is never loaded. Files are memory-mapped, and weights that are in the asked dtype stay
-where they are on disk until they are used: they are changed in memory only, and a file must not be overwritten in place
-meanwhile (writing a new one and renaming it, as `training.write` does, is well).
+Every key must be used, every shape match and every dtype be floating point, or a UserError names the file and the
+key. A pickle that could run code is never loaded. Files are memory-mapped, and weights already in the requested dtype stay
+on disk until they are used: they are changed in memory only, and a file must not be overwritten in place
+meanwhile (writing a new one and renaming it, as `training.write` does, is safe).
 """
 import json
 import os
@@ -34,10 +34,10 @@ PARTS = ("unet", "vae", "text_encoder")
 PICKLES = (".ckpt", ".bin", ".pt", ".pth")
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
-# What a single file may hold beside the weights: its average, the noise schedule, the trainer's loss and counters.
+# What a single file may hold beside the weights: their average, the noise schedule, the trainer's loss and counters.
 _DROPPED = re.compile(r"model_ema\..*|first_stage_model\.loss\..*|.*\.position_ids|(sqrt_(one_minus_|recip_|recipm1_)?|log_one_minus_)?alphas_cumprod(_prev)?"
                       r"|betas|posterior_(variance|log_variance_clipped|mean_coef[12])|logvar|lvlb_weights|scale_factor|cond_stage_model\.(logit_scale|text_projection)")
-# By which key one knows a file of something else.
+# Keys by which to recognise a file of something else.
 _OTHERS = {"conditioner.embedders.": "a Stable Diffusion XL file", "cond_stage_model.model.": "a Stable Diffusion 2 file", "model.diffusion_model.joint_blocks.": "a Stable Diffusion 3 file",
            "model.diffusion_model.double_blocks.": "a Flux file", "double_blocks.": "a Flux file", "control_model.": "a ControlNet", "lora_": "a LoRA (give it as --lora)",
            "unet.": "a LoRA (give it as --lora)", "down_blocks.": "one part of a diffusers folder (name that folder)", "decoder.": "a VAE alone"}
@@ -118,7 +118,7 @@ def read_tensors(path):
             return _read_pickle(path)
         with safe_open(path, "pt") as file:
             keys, tensors = sorted(file.keys()), {}
-        for i in range(0, len(keys), 16):                  # each few have a mapping of their own, and once converted leave memory with it
+        for i in range(0, len(keys), 16):                  # each group has a mapping of its own, and leaves memory with it once converted
             with safe_open(path, "pt") as file:
                 tensors |= {key: file.get_tensor(key) for key in keys[i:i + 16]}
         return tensors
@@ -168,7 +168,7 @@ def read_folder(folder, part, dtype=None):
 
 
 def checksum(path, *parts):
-    """CRC-32 of the file or files that hold a model's U-Net, or `parts` of it (the same folder may be trained again). Raises UserError."""
+    """CRC-32 of the file or files that hold a model's U-Net, or `parts` of it: a name does not do, as a folder may be trained again. Raises UserError."""
     path, crc = Path(path), 0
     for part in parts or ["unet"]:
         file, shards = (path, None) if path.is_file() else weight_files(path / part, part)
