@@ -27,7 +27,7 @@ PAIRS, REFLOW, DISTIL = 3072, 500, 500
 TEACHER_STEPS, FLOW_STEPS = 10, 8                          # of the samplers that make the pairs; all pairs are guided: two passes a step
 MORE = PAIRS * FLOW_STEPS // TEACHER_STEPS                 # pairs of the teacher that cost what PAIRS of the 2-rectified flow do
 # Flags, guidance of the teacher's pairs, and learning rates: of what starts at the teacher (reflow; direct), and of distillation after reflow.
-# As the pipeline has them, but for the reflow's time and loss, which are the paper's, and for the raw start as in miniature.md's longer runs.
+# As the pipeline has them, but with the paper's time, losses and guidance of the second pairs, and for the raw start as in miniature.md's longer runs.
 REGIMES = {"raw": ("", 1.5, "1e-3", "1e-3", "5e-4"), "exact": ("--exact", 1.5, "5e-4", "3e-4", "3e-4"), "guided": ("--exact", 3, "5e-4", "3e-4", "3e-4")}
 ROUTES = {"reflowed": f"{REFLOW} + {DISTIL}", "direct": DISTIL, "direct-total": REFLOW + DISTIL}
 

@@ -71,5 +71,5 @@ def test_the_shipped_direct_student_cost_what_the_reflowed_one_did():
     lines = mini.pipeline("root")
     more = passes(lines, "root/models/mini-instaflow-l2") - passes(lines, "root/models/mini-direct-l2")
     assert 0 <= more < 20                                  # less than one pair of the teacher's
-    lpips = [line.split(" --loss ")[1] for line in lines if " --loss " in line]
+    lpips = [line.split(" --loss lpips ")[1] for line in lines if " --loss lpips " in line]
     assert len(lpips) == 2 and lpips[0] == lpips[1]
