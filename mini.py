@@ -232,13 +232,18 @@ def train_teacher(out, world, compiled=False):
 STUDENT = "--batch 32 --warmup 100 --cosine --ema 0.998 --save-every 200 --sample-every 500"
 
 
+def lpips(models):
+    """Flags of the LPIPS stage, on the features of the judge in the folder `models`."""
+    return f"--loss lpips --vgg {models}/mini-judge/judge.safetensors --lpips-size 0 --l2 0.05"
+
+
 def pipeline(root, short=False):
     """The command lines of the whole miniature, in order: the paper's stages, and beside them direct distillation at equal total cost:
     as many iterations as reflow and the first distillation have together, pairs from as many U-Net passes (10240 x 20 + 32768 x 16), and the same LPIPS."""
     n = (lambda full, little: little if short else full)
     root = shlex.quote(str(root))
     models, pairs = f"{root}/models", f"{root}/pairs"
-    lpips = f"--loss lpips --vgg {models}/mini-judge/judge.safetensors --lpips-size 0 --l2 0.05 --iterations {n(2500, 4)} --lr 1e-4 {STUDENT} --exact"
+    last = f"{lpips(models)} --iterations {n(2500, 4)} --lr 1e-4 {STUDENT} --exact"
     lines = f"""
         judge.py train --out {models}/mini-judge {n("", "--images 200 --iterations 4 --check 50")}
         mini.py teacher --out {models}/mini-sd {n("", "--short")}
@@ -247,10 +252,10 @@ def pipeline(root, short=False):
         train_reflow.py --model {models}/mini-sd --pairs {pairs}/sd --out {models}/mini-2rf --iterations {n(2400, 4)} --lr 5e-4 {STUDENT} --exact --density early --huber
         pairs.py --model {models}/mini-2rf --prompts {pairs}/captions.txt --steps {n(8, 2)} --guidance 3 {n("--number 32768", "")} --out {pairs}/2rf
         distill.py --model {models}/mini-2rf --pairs {pairs}/2rf --out {models}/mini-instaflow-l2 --iterations {n(6000, 4)} --lr 3e-4 {STUDENT} --exact --loss huber
-        distill.py --model {models}/mini-instaflow-l2 --pairs {pairs}/2rf --out {models}/mini-instaflow {lpips}
+        distill.py --model {models}/mini-instaflow-l2 --pairs {pairs}/2rf --out {models}/mini-instaflow {last}
         pairs.py --model {models}/mini-sd --prompts {pairs}/captions.txt --steps {n(10, 2)} --guidance {GUIDANCE} {n("--number 36454", "")} --out {pairs}/sd-more
         distill.py --model {models}/mini-sd --pairs {pairs}/sd-more --out {models}/mini-direct-l2 --iterations {n(8400, 4)} --lr 3e-4 {STUDENT} --exact --loss huber
-        distill.py --model {models}/mini-direct-l2 --pairs {pairs}/sd-more --out {models}/mini-direct {lpips}
+        distill.py --model {models}/mini-direct-l2 --pairs {pairs}/sd-more --out {models}/mini-direct {last}
         experiments.py table --models {models} --judge {models}/mini-judge --out {root}/benchmarks/miniature.json {n("", "--n 100 --rows mini-2rf:1,mini-instaflow:1")}
         """.splitlines()
     return [" ".join(line.split()) for line in lines if line.strip()]

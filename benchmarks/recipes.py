@@ -9,8 +9,8 @@ All from the exact start, in regimes.py's budgets. At the paper's recipe's cost:
   early-huber   early and huber; then distilled by L2 as the others are, by pseudo-Huber ("hubered"), and by L2 from pairs of its
                 own at guidance 3, where all other flows make theirs at 1.5 ("strong")
   direct-huber  not a reflow at all: regimes.py's direct-total, by pseudo-Huber
-Half of distillation's time may go to LPIPS on the judge's features, as in the paper ("perceived"): of the paper's recipe; of
-early-huber, by pseudo-Huber and from pairs at guidance 3, all that helped; and of direct-huber.
+  "perceived"   half of what distillation after reflow costs goes to LPIPS on the judge's features, as in the paper: in the paper's
+                recipe; in early-huber, by pseudo-Huber and from pairs at guidance 3, all that helped; and in direct-huber, as much
 and beyond it, at the same cost as each other:
   3rf           the 2-rectified flow reflowed on its own pairs, and then distilled from new ones
   longer        what that costs given to distillation: REFLOW + DISTIL iterations, on PAIRS + PAIRS pairs of the 2-rectified flow
@@ -23,7 +23,8 @@ import cli
 import mini
 
 FLAGS = {"u-shaped": "--density u-shaped", "huber": "--huber", "early": "--density early", "early-huber": "--density early --huber"}
-WHAT = {"flow, 4 steps": ("?rf", 4), "flow, 1 step": ("?rf", 1), "distilled": ("reflowed", 1), "hubered": ("hubered", 1), "strong": ("strong", 1), "perceived": ("perceived", 1)}      # folder, and steps it is measured in
+WHAT = {"flow, 4 steps": ("?rf", 4), "flow, 1 step": ("?rf", 1), "distilled": ("reflowed", 1),                       # folder, and steps it is measured in
+        "hubered": ("hubered", 1), "strong": ("strong", 1), "perceived": ("perceived", 1)}
 _, GUIDANCE, LR, DIRECT, AFTER = REGIMES["exact"]
 PERCEIVED = DISTIL // 6                                    # iterations of LPIPS, each of which takes as long as three of L2: a picture needs the decoder twice and the judge
 
@@ -31,7 +32,7 @@ PERCEIVED = DISTIL // 6                                    # iterations of LPIPS
 def perceived(start, pairs, out, length, lr, seed, flags=""):
     """Command lines of a distillation at the cost of `length` iterations of L2, whose last part is LPIPS."""
     return [train("distill.py", start, pairs, f"{out}-l2", length - 3 * PERCEIVED, lr, seed, f"--exact {flags}"),
-            train("distill.py", f"{out}-l2", pairs, out, PERCEIVED, lr, seed, "--exact --warmup 20 --loss lpips --vgg models/mini-judge/judge.safetensors --lpips-size 0 --l2 0.05")]
+            train("distill.py", f"{out}-l2", pairs, out, PERCEIVED, lr, seed, f"--exact --warmup 20 {mini.lpips('models')}")]
 
 
 def lines(root, seed):
@@ -49,7 +50,7 @@ def lines(root, seed):
              generate(root, own("early-huber", "2rf"), FLOW_STEPS, 3, PAIRS, own("early-huber", "pairs-3"), seed),
              train("distill.py", own("early-huber", "2rf"), own("early-huber", "pairs-3"), own("early-huber", "strong"), DISTIL, AFTER, seed, "--exact"),
              train("distill.py", "models/mini-sd", f"{root}/pairs-{GUIDANCE}-{PAIRS + MORE}", own("direct-huber", "hubered"), REFLOW + DISTIL, DIRECT, seed, "--exact --loss huber"),
-             *perceived(f"{paper}/2rf", f"{paper}/pairs", own("exact", "perceived"), DISTIL, AFTER, seed),
+             *perceived(f"{paper}/2rf", f"{paper}/pairs", f"{paper}/perceived", DISTIL, AFTER, seed),
              *perceived(own("early-huber", "2rf"), own("early-huber", "pairs-3"), own("early-huber", "perceived"), DISTIL, AFTER, seed, "--loss huber"),
              *perceived("models/mini-sd", f"{root}/pairs-{GUIDANCE}-{PAIRS + MORE}", own("direct-huber", "perceived"), REFLOW + DISTIL, DIRECT, seed, "--loss huber")]
     return made + student("3rf", f"{paper}/2rf", f"{paper}/pairs", "", "3rf") + [
