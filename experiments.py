@@ -78,9 +78,9 @@ def table(args):
         error = kept.get(f"{name}, one step", {}).get("error")
         speed = f"{kept[f'{name}, S']['straightness']:.3f} | {'' if error is None else f'{error:.3f}'} | {kept[f'{item}, ms']['ms']:.0f}" if name in models else "| |"
         print(f"| {item} | {row['exact']:.3f} | {by} | {row['unordered']:.3f} | {'' if related is None else f'{related:.2f}'} | {kept[f'{item}, held-out pairs']['exact']:.3f} | {row['fid']:.2f} | {speed} |")
-    apart = [row["unrelated"] for row in kept.values() if "unrelated" in row]
+    apart = sorted({f"{row['unrelated']:.2f}" for row in kept.values() if "unrelated" in row})      # one a teacher and guidance
     print(f"\n{args.n} captions, split {args.split}, seed {args.seed}, {training.hardware()}, {time.strftime('%Y-%m-%d')}: `python {' '.join(sys.argv)}`"
-          + f"\nUnrelated latents of a teacher have a squared distance of {np.mean(apart):.2f}." * bool(apart))
+          + f"\nUnrelated latents of a teacher have a squared distance of {' or '.join(apart)}." * bool(apart))
 
 
 def guidance(args):
