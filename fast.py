@@ -3,7 +3,11 @@
 For sampling alone: gradients are switched off, and after `pack` and `compiled` a module is no longer one to be saved or trained.
 """
 import torch
+import torch.nn.functional as F
 from torch import nn
+
+import unet
+import vae
 
 
 def place(module, device, dtype=None):
@@ -13,54 +17,85 @@ def place(module, device, dtype=None):
     return module.to(memory_format=torch.channels_last) if torch.device(device).type == "cuda" else module
 
 
-def _free(layer):
-    """The plain weights go; an empty one stays, since open_clip asks it for its dtype."""
-    layer.weight = nn.Parameter(layer.weight.new_empty(0), requires_grad=False)
-
-
 class PackedConv(nn.Conv2d):
     """A convolution on a CPU whose weights are brought into oneDNN's own layout once, in the first call, and not again in every
     one: at 8 x 8 latents that takes many times as long as the convolution (benchmarks/README.md)."""
-    packed = None
+    plain = packed = None
 
     def forward(self, x):
         if self.packed is None:                            # which layout is best depends on the input's size
-            self.packed = torch.ops.mkldnn._reorder_convolution_weight(self.weight, self.padding, self.stride, self.dilation, self.groups, x.shape)
-            _free(self)
+            weight = self.plain.to(x.dtype, memory_format=torch.channels_last)           # from here oneDNN's is reached in half the time
+            self.packed = torch.ops.mkldnn._reorder_convolution_weight(weight, self.padding, self.stride, self.dilation, self.groups, x.shape)
+            self.plain = None
         return torch.ops.mkldnn._convolution_pointwise(x, self.packed, self.bias, self.padding, self.stride, self.dilation, self.groups, "none", [], "")
 
 
 class PackedLinear(nn.Linear):
     """The same for a matrix product."""
-    packed = None
+    plain = packed = None
 
     def forward(self, x):
         if self.packed is None:
-            self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight, x.numel() // x.shape[-1])
-            _free(self)
+            self.packed = torch.ops.mkldnn._reorder_linear_weight(self.plain.to(x.dtype), x.numel() // x.shape[-1])
+            self.plain = None
         return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
 
 
-def pack(module):
-    """Have a module's convolutions and bf16 matrix products pack their weights when they are first used -> module. Only on a CPU
-    where oneDNN computes in the module's dtype; elsewhere nothing happens. (These are the operators that torch.compile calls:
-    PyTorch has no public names for them.)"""
+class PackedUpsample(nn.Module):
+    """Upsampling by two to the nearest neighbour, and the 3 x 3 convolution after it, as one operator. The convolution's nine inputs are
+    copies of only four pixels, so weights of the same pixel can be added up beforehand. That makes a transposed convolution of 4 x 4 and
+    stride 2: four products where there were nine, and no large picture in between."""
+    plain = packed = None
+
+    def forward(self, x, size=None):
+        if size is not None and tuple(size) != (2 * x.shape[2], 2 * x.shape[3]):         # an odd size is not quite a double
+            return self.conv(F.interpolate(x, size=size, mode="nearest"))
+        shape = (1, 1), (0, 0), (2, 2), (1, 1), 1          # padding, output padding, stride, dilation, groups
+        if self.packed is None:
+            self.packed = torch.ops.mkldnn._reorder_convolution_transpose_weight(summed(self.plain, x.dtype), *shape, x.shape)
+            self.plain = None
+        return torch.ops.mkldnn._convolution_transpose_pointwise(x, self.packed, self.conv.bias, *shape, "none", [], "")
+
+
+def summed(weight, dtype):
+    """A convolution's weights [O, I, 3, 3] -> those of the transposed one [I, O, 4, 4] that takes the place of it and of the upsampling
+    before it: along each axis w2, w2 + w1, w1 + w0, w0, added in float32."""
+    kernel = torch.empty(weight.shape[1], 4, 4, weight.shape[0], dtype=dtype)
+    for k in range(0, len(kernel), 32):                    # a few at a time: touching new memory takes longer than the sums
+        part = weight[:, k:k + 32].float().permute(1, 2, 3, 0)
+        for axis in (1, 2):
+            w0, w1, w2 = part.unbind(axis)
+            part = torch.stack((w2, w2 + w1, w1 + w0, w0), axis)
+        kernel[k:k + 32] = part
+    return kernel.permute(0, 3, 1, 2)
+
+
+PACKED = {nn.Conv2d: PackedConv, nn.Linear: PackedLinear, unet.Upsample: PackedUpsample, vae.Upsample: PackedUpsample}
+
+
+def pack(module, dtype=None):
+    """Have a module's convolutions, upsamplings and bf16 matrix products pack their weights when they are first used -> module. Only on a CPU
+    where oneDNN computes in the dtype; elsewhere they stay as they are. dtype: what the module is to compute in, None what it has. Weights
+    that will be packed are converted only then, and until then may stay in their file; the others are converted here. (These are the
+    operators that torch.compile calls: PyTorch has no public names for them.)"""
     p = next(module.parameters())
+    dtype = dtype or p.dtype
     known = p.device.type == "cpu" and torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
-    half = known and p.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    for layer in module.modules() if half or known and p.dtype == torch.float32 else ():
-        if type(layer) is nn.Conv2d:
-            layer.__class__ = PackedConv
-        elif type(layer) is nn.Linear and half:
-            layer.__class__ = PackedLinear
-    return module
+    half = known and dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    found = [layer for layer in module.modules() if type(layer) in PACKED and (half or known and dtype == torch.float32 and type(layer) is not nn.Linear)]
+    for layer in found:
+        layer.__class__, layer.plain = PACKED[type(layer)], getattr(layer, "conv", layer).weight.detach()
+    for layer in found:
+        if hasattr(layer, "weight"):                       # an empty one stays: others ask for its dtype
+            layer.weight = nn.Parameter(layer.plain.new_empty(0, dtype=dtype), requires_grad=False)
+    return module.to(dtype=dtype)
 
 
 def leave(module):
     """Free the memory of a module's weights, packed ones too."""
     for layer in module.modules():
-        if isinstance(layer, (PackedConv, PackedLinear)):
-            layer.packed = None
+        if type(layer) in PACKED.values():
+            layer.plain = layer.packed = None
     module.to("meta")
 
 

@@ -64,13 +64,18 @@ class Clock(dict):
         return result
 
 
+def packs(args):
+    return torch.device(args.device).type == "cpu" and not args.compile      # (the compiler packs too)
+
+
 @contextmanager
 def at_work(module, args):
-    """With --low-memory a module is loaded onto its device when it is needed, and freed afterwards."""
-    if args.low_memory:
+    """On a CPU a module's weights are packed as it first works; elsewhere, with --low-memory, it is loaded onto its device now.
+    With --low-memory it is freed afterwards."""
+    if packs(args):
+        fast.pack(module, args.dtype)
+    elif args.low_memory:
         fast.place(module, args.device, args.dtype)
-    if not args.compile:
-        fast.pack(module)                                  # (the compiler does so itself)
     yield
     if args.low_memory:
         fast.leave(module)
@@ -150,9 +155,10 @@ def load(path, args, steps):
     if args.random_weights:
         print(f"WARNING: RANDOM WEIGHTS OF THE SIZE {args.random_weights}: EVERY PICTURE IS NOISE. This only shows that it runs.", file=sys.stderr)
         model = InstaFlow.random(args.random_weights)
-    else:                                                  # with --low-memory the weights stay in their file for now
-        model = InstaFlow.load(hub.locate(path, args.dtype), "cpu", None if args.low_memory else args.dtype, args.prediction)
-    if not args.low_memory:
+    else:                                                  # where they are packed or freed later, the weights stay in their file for now
+        later = args.low_memory or packs(args) and not args.lora
+        model = InstaFlow.load(hub.locate(path, args.dtype), "cpu", None if later else args.dtype, args.prediction)
+    if not (args.low_memory or packs(args)):
         model.to(args.device, args.dtype)
     for file, scale in args.lora:
         lora.load_lora(model, file, scale)

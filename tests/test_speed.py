@@ -14,6 +14,8 @@ from PIL import Image
 
 import fast
 import sample
+import unet
+import vae
 import weights
 from conftest import one_line, relative_error
 from instaflow import InstaFlow
@@ -52,6 +54,32 @@ def test_a_packed_product_is_the_product(bias):
     assert type(fast.pack(layer)) is (fast.PackedLinear if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.nn.Linear)
     assert relative_error(layer(x).float(), expected.float()) <= 1e-2 and relative_error(layer(x[:, :3]).float(), more.float()) <= 1e-2
     assert type(fast.pack(torch.nn.Linear(48, 80))) is torch.nn.Linear      # float32 products are as fast as they are
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)], ids=str)
+@pytest.mark.parametrize("kind", [unet.Upsample, vae.Upsample], ids=["unet", "vae"])
+def test_a_packed_upsampling_is_the_upsampling(kind, dtype, tolerance):
+    layer, x = kind(24), torch.randn(2, 24, 5, 7)
+    sizes = [(10, 14), (9, 14), (10, 14), (9, 13)] if kind is unet.Upsample else [()]        # even and odd ones in turns
+    expected = [layer(x, size) if size else layer(x) for size in sizes]
+    fast.pack(layer, dtype)
+    if dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        assert type(layer) is fast.PackedUpsample
+    x = x.to(dtype, memory_format=torch.channels_last)
+    for size, y in zip(sizes, expected):
+        got = layer(x, size) if size else layer(x)
+        assert got.dtype == dtype and relative_error(got.float(), y) <= tolerance
+        assert got.is_contiguous(memory_format=torch.channels_last)
+
+
+@torch.no_grad()
+def test_weights_stay_in_their_dtype_until_they_are_packed():
+    layer, x = torch.nn.Conv2d(8, 8, 3).half(), torch.randn(1, 8, 6, 6)
+    expected, weight = torch.nn.functional.conv2d(x, layer.weight.float(), layer.bias.float()), layer.weight
+    fast.pack(layer, torch.float32)
+    assert layer.plain.data_ptr() == weight.data_ptr() and layer.weight.dtype == layer.bias.dtype == torch.float32
+    assert relative_error(layer(x), expected) <= 1e-5 and layer.plain is None
 
 
 def test_nothing_is_packed_where_onednn_is_not(monkeypatch):
@@ -100,9 +128,8 @@ def test_fast_paths_give_the_slow_ones_picture(dtype, tolerance):
     model, prompt = InstaFlow.random("mini"), ["a large green heart"]
     x = model.noise(3, 0, 1)
     slow = x + model.unet(x.contiguous(), torch.tensor([1000.0]), model.text(prompt))        # contiguous, unpacked, float32, straight from the modules
-    model.to("cpu", dtype)
     for module in (model.text, model.unet, model.vae):
-        fast.pack(module)
+        fast.pack(module, dtype)
     assert relative_error(model.latents(prompt, steps=1, guidance=1.0, seed=3).float(), slow) <= tolerance
 
 
