@@ -65,7 +65,8 @@ class Clock(dict):
 
 
 def packs(args):
-    return torch.device(args.device).type == "cpu" and not args.compile      # (the compiler packs too)
+    """Whether weights are packed: on a CPU, but not for the compiler, which takes plain modules."""
+    return torch.device(args.device).type == "cpu" and not args.compile
 
 
 @contextmanager
@@ -155,10 +156,9 @@ def load(path, args, steps):
     if args.random_weights:
         print(f"WARNING: RANDOM WEIGHTS OF THE SIZE {args.random_weights}: EVERY PICTURE IS NOISE. This only shows that it runs.", file=sys.stderr)
         model = InstaFlow.random(args.random_weights)
-    else:                                                  # where they are packed or freed later, the weights stay in their file for now
-        later = args.low_memory or packs(args) and not args.lora
-        model = InstaFlow.load(hub.locate(path, args.dtype), "cpu", None if later else args.dtype, args.prediction)
-    if not (args.low_memory or packs(args)):
+    else:                                                  # with --low-memory the weights stay in their file for now
+        model = InstaFlow.load(hub.locate(path, args.dtype), "cpu", None if args.low_memory else args.dtype, args.prediction)
+    if not args.low_memory:
         model.to(args.device, args.dtype)
     for file, scale in args.lora:
         lora.load_lora(model, file, scale)
@@ -226,8 +226,8 @@ def arguments():
     add("--batch", type=cli.positive, default=16, help="pictures at a time")
     add("--tile", type=cli.positive, nargs="?", const=512, metavar="PIXELS", help="decode in tiles of so many pixels a side (alone: 512), blended: less memory, but not "
         "quite the same picture, since norms and attention see one tile")
-    add("--compile", action="store_true", help="torch.compile, on a GPU with CUDA graphs: minutes at the first run of a size, kept on disk for the next")
-    add("--low-memory", action="store_true", help="text tower, U-Net and decoder are loaded one after the other, and freed; the picture is the same")
+    add("--compile", action="store_true", help="torch.compile, on a GPU with CUDA graphs: minutes at the first run of a size, kept on disk for the next. For GPUs: on a CPU it is slower than the default")
+    add("--low-memory", action="store_true", help="text tower, U-Net and decoder are loaded one after the other, and freed; the picture is the same (on a CPU one batch is always drawn so)")
     add("--out", type=Path, default=Path("out.png"))
     add("--interpolate", type=cli.seed, nargs=2, metavar="SEED", help="a strip of --frames pictures between two seeds' noises")
     add("--frames", type=cli.positive, default=8)
@@ -261,6 +261,8 @@ def arguments():
         parser.error(f"--out {args.out}: pictures are written as PNG; name a .png file")
     cli.writable(args.out)
     args.dtype = precision(args.dtype, args.device)
+    if packs(args) and not args.lora and len(args.prompt) * (args.frames if args.interpolate else args.num) <= args.batch:
+        args.low_memory = True                             # of one batch, on a CPU, it costs no time; with LoRAs it merges them in the file's dtype
     return args
 
 

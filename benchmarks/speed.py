@@ -161,7 +161,7 @@ def processes(folder, args, dtype, bar):
     name = str(dtype)[6:]
     with tempfile.TemporaryDirectory() as place:
         sample = [ROOT / "sample.py", "--model", folder, "--device", args.device, "--dtype", name, "--steps", 1, "--guidance", 1, "--out", f"{place}/ours.png", PROMPT]
-        lines = {"ours": sample, "ours, --low-memory": [*sample, "--low-memory"]}
+        lines = {"ours": sample} | ({"ours, --low-memory": [*sample, "--low-memory"]} if args.device != "cpu" else {})       # (on a CPU sample.py does so by itself)
         for kind, layout in (("diffusers", "contiguous_format"), ("diffusers, channels-last", "channels_last")):
             lines[kind] = [ROOT / "benchmarks" / "peer.py", folder, args.device, name, layout, f"{place}/peer.png", PROMPT]
         lines["diffusers, lean"] = [*lines[kind], "lean"]

@@ -152,6 +152,13 @@ def test_low_memory_draws_the_same(command, tiny, tmp_path):
         assert np.array_equal(drawn(tmp_path / "0.png"), drawn(tmp_path / "1.png")), words
 
 
+@pytest.mark.parametrize("words, alone", [(["a"], True), (["a", "b", "--num", "8"], True), (["a", "--num", "17"], False), (["a", "--interpolate", "1", "2", "--frames", "17"], False),
+                                          (["a", "--compile"], False), (["a", "--lora", "x.safetensors"], False), (["a", "--num", "17", "--low-memory"], True)], ids=str)
+def test_one_batch_on_a_cpu_frees_what_it_has_used(monkeypatch, tmp_path, words, alone):
+    monkeypatch.setattr(sys, "argv", ["sample.py", "--device", "cpu", "--out", str(tmp_path / "x.png"), *words])
+    assert sample.arguments().low_memory is alone
+
+
 def settings(**changed):
     return Namespace(**{**dict(batch=2, image=None, tile=None, guidance=None, negative="", seed=0, device="cpu", dtype=torch.float32, compile=False,
                                low_memory=False, height=None, width=None, random_weights=None, prediction=None, lora=[], strength=0.6), **changed})
