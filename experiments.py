@@ -51,6 +51,11 @@ def beside(args):
     return args.out.with_suffix(".json")
 
 
+def unrelated(kept):
+    """How far apart unrelated latents of the teachers are, as text: one number a teacher and guidance, "" where none was measured."""
+    return " or ".join(sorted({f"{row['unrelated']:.2f}" for row in kept.values() if "unrelated" in row}))
+
+
 def table(args):
     """Models x steps: exact match (overall, by number of objects, order ignored, the share with the stated relation among two-object
     pictures otherwise right, and on scenes with pairs of colour and shape that are in no training), FID in the judge's features, S, held-out one-step error, ms."""
@@ -78,9 +83,9 @@ def table(args):
         error = kept.get(f"{name}, one step", {}).get("error")
         speed = f"{kept[f'{name}, S']['straightness']:.3f} | {'' if error is None else f'{error:.3f}'} | {kept[f'{item}, ms']['ms']:.0f}" if name in models else "| |"
         print(f"| {item} | {row['exact']:.3f} | {by} | {row['unordered']:.3f} | {'' if related is None else f'{related:.2f}'} | {kept[f'{item}, held-out pairs']['exact']:.3f} | {row['fid']:.2f} | {speed} |")
-    apart = sorted({f"{row['unrelated']:.2f}" for row in kept.values() if "unrelated" in row})      # one a teacher and guidance
+    apart = unrelated(kept)
     print(f"\n{args.n} captions, split {args.split}, seed {args.seed}, {training.hardware()}, {time.strftime('%Y-%m-%d')}: `python {' '.join(sys.argv)}`"
-          + f"\nUnrelated latents of a teacher have a squared distance of {' or '.join(apart)}." * bool(apart))
+          + f"\nUnrelated latents of a teacher have a squared distance of {apart}." * bool(apart))
 
 
 def guidance(args):
@@ -173,11 +178,11 @@ def shared_noise(args):
         labels.append(label(name, number) + (f"\n{row['error']:.3f} from\n{row['teacher']}" if row.get("teacher", item) != item else ""))
         print(item, row)
     import figures
-    apart = [row["unrelated"] for row in kept.values() if "unrelated" in row]
+    apart = unrelated(kept)
     title = "Each column: one noise, one prompt, for all models"
     if apart:
         title += (f"\nleft: mean squared distance of the latents from the teacher's (MODEL:STEPS), over {args.n} held-out captions;"
-                  f"\nunrelated latents of a teacher have {np.mean(apart):.2f}")
+                  f"\nunrelated latents of a teacher have {apart}")
     figures.sheet([draw(model, prompts, model.noise(args.seed, 0, len(prompts)), number) for _, _, model, number in rows], labels, prompts, title, args.out)
 
 

@@ -48,7 +48,7 @@ class PackedUpsample(nn.Module):
     plain = packed = None
 
     def forward(self, x, size=None):
-        if size is not None and tuple(size) != (2 * x.shape[2], 2 * x.shape[3]):         # an odd size is not quite a double
+        if size is not None and tuple(size) != (2 * x.shape[2], 2 * x.shape[3]):         # an odd size is not quite a double: for it self.conv keeps its weights
             return self.conv(F.interpolate(x, size=size, mode="nearest"))
         shape = (1, 1), (0, 0), (2, 2), (1, 1), 1          # padding, output padding, stride, dilation, groups
         if self.packed is None:
@@ -59,10 +59,10 @@ class PackedUpsample(nn.Module):
 
 def summed(weight, dtype):
     """A convolution's weights [O, I, 3, 3] -> those of the transposed one [I, O, 4, 4] that takes the place of it and of the upsampling
-    before it: along each axis w2, w2 + w1, w1 + w0, w0, added in float32."""
+    before it: along each axis w2, w2 + w1, w1 + w0, w0. They are rounded to `dtype` first, as all weights are, and added in float32."""
     kernel = torch.empty(weight.shape[1], 4, 4, weight.shape[0], dtype=dtype)
     for k in range(0, len(kernel), 32):                    # a few at a time: touching new memory takes longer than the sums
-        part = weight[:, k:k + 32].float().permute(1, 2, 3, 0)
+        part = weight[:, k:k + 32].to(dtype).float().permute(1, 2, 3, 0)
         for axis in (1, 2):
             w0, w1, w2 = part.unbind(axis)
             part = torch.stack((w2, w2 + w1, w1 + w0, w0), axis)
@@ -82,12 +82,13 @@ def pack(module, dtype=None):
     dtype = dtype or p.dtype
     known = p.device.type == "cpu" and torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
     half = known and dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    found = [layer for layer in module.modules() if type(layer) in PACKED and (half or known and dtype == torch.float32 and type(layer) is not nn.Linear)]
-    for layer in found:
-        layer.__class__, layer.plain = PACKED[type(layer)], getattr(layer, "conv", layer).weight.detach()
-    for layer in found:
-        if hasattr(layer, "weight"):                       # an empty one stays: others ask for its dtype
-            layer.weight = nn.Parameter(layer.plain.new_empty(0, dtype=dtype), requires_grad=False)
+    kinds = [kind for kind in PACKED if half or known and dtype == torch.float32 and kind is not nn.Linear]
+    for layer in module.modules():                         # an upsampling comes before the convolution in it
+        weight = getattr(layer, "conv", layer).weight if type(layer) in kinds else None
+        if weight is not None and weight.numel():          # (0 where that convolution was packed alone, earlier)
+            layer.__class__, layer.plain = PACKED[type(layer)], weight.detach()
+            if hasattr(layer, "weight"):                   # an empty one stays: others ask for its dtype
+                layer.weight = nn.Parameter(weight.new_empty(0, dtype=dtype), requires_grad=False)
     return module.to(dtype=dtype)
 
 

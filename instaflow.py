@@ -116,6 +116,8 @@ class InstaFlow:
         """Write the folder. VAE and text tower are written too where they came from no folder or self_contained is set;
         else instaflow.json points at theirs. A path that ends in .safetensors becomes one file in the ldm layout, which the
         usual programs read. dtype: of the weights on disk, None their own."""
+        if not all(p.numel() for module in (self.unet, self.vae, self.text) for p in module.parameters()):
+            raise UserError("this model's weights are packed for sampling (fast.pack), and no longer as a file has them; load it again to save it")
         path, info = Path(path), {k: v for k, v in self.info.items() if not k.startswith("base")}
         if path.suffix == ".safetensors":
             return weights.save_single_file(path, self.unet, self.vae, self.text, info, dtype)

@@ -227,7 +227,7 @@ def arguments():
     add("--tile", type=cli.positive, nargs="?", const=512, metavar="PIXELS", help="decode in tiles of so many pixels a side (alone: 512), blended: less memory, but not "
         "quite the same picture, since norms and attention see one tile")
     add("--compile", action="store_true", help="torch.compile, on a GPU with CUDA graphs: minutes at the first run of a size, kept on disk for the next. For GPUs: on a CPU it is slower than the default")
-    add("--low-memory", action="store_true", help="text tower, U-Net and decoder are loaded one after the other, and freed; the picture is the same (on a CPU one batch is always drawn so)")
+    add("--low-memory", action="store_true", help="text tower, U-Net and decoder are loaded one after the other, and freed; the picture is the same (on a CPU a single batch is drawn so anyway, without --lora and --compile)")
     add("--out", type=Path, default=Path("out.png"))
     add("--interpolate", type=cli.seed, nargs=2, metavar="SEED", help="a strip of --frames pictures between two seeds' noises")
     add("--frames", type=cli.positive, default=8)

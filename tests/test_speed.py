@@ -74,6 +74,22 @@ def test_a_packed_upsampling_is_the_upsampling(kind, dtype, tolerance):
 
 
 @torch.no_grad()
+def test_packing_twice_and_a_part_before_the_whole():
+    layer, x = vae.Upsample(8), torch.randn(1, 8, 4, 4)
+    expected = layer(x)
+    for part in (layer.conv, layer, layer):
+        assert relative_error(fast.pack(part) and layer(x), expected) <= 1e-5
+
+
+def test_a_packed_model_is_not_saved(tiny, tmp_path):
+    model = InstaFlow.load(tiny / "flow")
+    fast.pack(model.unet)
+    with pytest.raises(ValueError, match="packed for sampling"):
+        model.save(tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+
+
+@torch.no_grad()
 def test_weights_stay_in_their_dtype_until_they_are_packed():
     layer, x = torch.nn.Conv2d(8, 8, 3).half(), torch.randn(1, 8, 6, 6)
     expected, weight = torch.nn.functional.conv2d(x, layer.weight.float(), layer.bias.float()), layer.weight
@@ -145,7 +161,8 @@ def test_the_shipped_models_picture():
 
 def test_low_memory_draws_the_same(command, tiny, tmp_path):
     (tmp_path / "p.png").write_bytes((ROOT / "benchmarks" / "compare.png").read_bytes())
-    for words in (["a", "b", "a", "--batch", 2, "--guidance", 2], ["a", "--image", tmp_path / "p.png"], ["a", "--interpolate", 1, 2, "--frames", 3], ["a", "b", "--dtype", "bfloat16", "--batch", 1]):
+    for words in (["a", "b", "a", "--guidance", 2], ["a", "--image", tmp_path / "p.png", "--num", 3], ["a", "--interpolate", 1, 2, "--frames", 3], ["a", "b", "a", "--dtype", "bfloat16"]):
+        words += ["--batch", 2]                            # a single batch is drawn in low memory anyway
         for flags in ([], ["--low-memory"]):
             status, out, err = command("sample.py", "--model", tiny / "flow", "--device", "cpu", "--steps", 2, *words, *flags, "--out", tmp_path / f"{len(flags)}.png")
             assert (status, err) == (0, "")
