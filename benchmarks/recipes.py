@@ -10,7 +10,8 @@ All from the exact start, in regimes.py's budgets. At the paper's recipe's cost:
                 own at guidance 3, where all other flows make theirs at 1.5 ("strong")
   direct-huber  not a reflow at all: regimes.py's direct-total, by pseudo-Huber
   "perceived"   half of what distillation after reflow costs goes to LPIPS on the judge's features, as in the paper: in the paper's
-                recipe; in early-huber, by pseudo-Huber and from pairs at guidance 3, all that helped; and in direct-huber, as much
+                recipe; in early-huber, by pseudo-Huber and from pairs at guidance 3, all that helped; and in direct-huber, as much.
+                "perceived-41", "-125" and "-167": a quarter, three quarters and all of it, in iterations of LPIPS, not half
 and beyond it, at the same cost as each other:
   3rf           the 2-rectified flow reflowed on its own pairs, and then distilled from new ones
   longer        what that costs given to distillation: REFLOW + DISTIL iterations, on PAIRS + PAIRS pairs of the 2-rectified flow
@@ -27,12 +28,15 @@ WHAT = {"flow, 4 steps": ("?rf", 4), "flow, 1 step": ("?rf", 1), "distilled": ("
         "hubered": ("hubered", 1), "strong": ("strong", 1), "perceived": ("perceived", 1)}
 _, GUIDANCE, LR, DIRECT, AFTER = REGIMES["exact"]
 PERCEIVED = DISTIL // 6                                    # iterations of LPIPS, each of which takes as long as three of L2: a picture needs the decoder twice and the judge
+SHARES = [DISTIL // 12, DISTIL // 4, round(DISTIL / 3)]    # others that were tried: 41, 125, 167
+WHAT |= {f"perceived-{n}": (f"perceived-{n}", 1) for n in SHARES}
 
 
-def perceived(start, pairs, out, length, lr, seed, flags=""):
-    """Command lines of a distillation at the cost of `length` iterations of L2, whose last part is LPIPS."""
-    return [train("distill.py", start, pairs, f"{out}-l2", length - 3 * PERCEIVED, lr, seed, f"--exact {flags}"),
-            train("distill.py", f"{out}-l2", pairs, out, PERCEIVED, lr, seed, f"--exact --warmup 20 {mini.lpips('models')}")]
+def perceived(start, pairs, out, length, lr, seed, flags="", n=PERCEIVED):
+    """Command lines of a distillation at the cost of `length` iterations of L2, the last n of whose iterations are LPIPS."""
+    last = lambda begin: train("distill.py", begin, pairs, out, n, lr, seed, f"--exact --warmup 20 {mini.lpips('models')}")
+    before = length - 3 * n
+    return [train("distill.py", start, pairs, f"{out}-l2", before, lr, seed, f"--exact {flags}"), last(f"{out}-l2")] if before > 0 else [last(start)]
 
 
 def lines(root, seed):
@@ -52,6 +56,7 @@ def lines(root, seed):
              train("distill.py", "models/mini-sd", f"{root}/pairs-{GUIDANCE}-{PAIRS + MORE}", own("direct-huber", "hubered"), REFLOW + DISTIL, DIRECT, seed, "--exact --loss huber"),
              *perceived(f"{paper}/2rf", f"{paper}/pairs", f"{paper}/perceived", DISTIL, AFTER, seed),
              *perceived(own("early-huber", "2rf"), own("early-huber", "pairs-3"), own("early-huber", "perceived"), DISTIL, AFTER, seed, "--loss huber"),
+             *(line for n in SHARES for line in perceived(own("early-huber", "2rf"), own("early-huber", "pairs-3"), own("early-huber", f"perceived-{n}"), DISTIL, AFTER, seed, "--loss huber", n)),
              *perceived("models/mini-sd", f"{root}/pairs-{GUIDANCE}-{PAIRS + MORE}", own("direct-huber", "perceived"), REFLOW + DISTIL, DIRECT, seed, "--loss huber")]
     return made + student("3rf", f"{paper}/2rf", f"{paper}/pairs", "", "3rf") + [
         generate(root, f"{paper}/2rf", FLOW_STEPS, mini.GUIDANCE, 2 * PAIRS, own("longer", "pairs"), seed),

@@ -57,6 +57,8 @@ def test_recipes_at_equal_cost(seed):
     assert passes(lines, own("early-huber", "strong")) == hubered[0] == cost["exact"] and 0 <= hubered[0] - hubered[1] < 20                   # less than a pair
     perceived = [passes(lines, own(recipe, "perceived")) for recipe in ("exact", "early-huber", "direct-huber")]
     assert perceived == [cost["exact"], cost["exact"], hubered[1]]
+    for n in recipes.SHARES:                               # to an iteration
+        assert abs(passes(lines, own("early-huber", f"perceived-{n}")) - cost["exact"]) <= 3 * 32
     parsed = {flag(words, "--out"): words for words in map(shlex.split, lines)}
     assert len(parsed) == len(lines)                       # nothing is written twice
     paper = parsed[own("exact", "2rf")]
