@@ -232,9 +232,9 @@ def train_teacher(out, world, compiled=False):
 STUDENT = "--batch 32 --warmup 100 --cosine --ema 0.998 --save-every 200 --sample-every 500"
 
 
-def lpips(models):
+def lpips(models, l2=0.05):
     """Flags of the LPIPS stage, on the features of the judge in the folder `models`."""
-    return f"--loss lpips --vgg {models}/mini-judge/judge.safetensors --lpips-size 0 --l2 0.05"
+    return f"--loss lpips --vgg {models}/mini-judge/judge.safetensors --lpips-size 0 --l2 {l2}"
 
 
 def pipeline(root, short=False):

@@ -11,7 +11,7 @@ All from the exact start, in regimes.py's budgets. At the paper's recipe's cost:
   direct-huber  not a reflow at all: regimes.py's direct-total, by pseudo-Huber
   "perceived"   half of what distillation after reflow costs goes to LPIPS on the judge's features, as in the paper: in the paper's
                 recipe; in early-huber, by pseudo-Huber and from pairs at guidance 3, all that helped; and in direct-huber, as much.
-                "perceived-41", "-125" and "-167": a quarter, three quarters and all of it, in iterations of LPIPS, not half
+                "perceived-alone" is LPIPS without the small L2 between latents; "perceived-41" and "-167" are a quarter and all of the time
 and beyond it, at the same cost as each other:
   3rf           the 2-rectified flow reflowed on its own pairs, and then distilled from new ones
   longer        what that costs given to distillation: REFLOW + DISTIL iterations, on PAIRS + PAIRS pairs of the 2-rectified flow
@@ -28,15 +28,19 @@ WHAT = {"flow, 4 steps": ("?rf", 4), "flow, 1 step": ("?rf", 1), "distilled": ("
         "hubered": ("hubered", 1), "strong": ("strong", 1), "perceived": ("perceived", 1)}
 _, GUIDANCE, LR, DIRECT, AFTER = REGIMES["exact"]
 PERCEIVED = DISTIL // 6                                    # iterations of LPIPS, each of which takes as long as three of L2: a picture needs the decoder twice and the judge
-SHARES = [DISTIL // 12, DISTIL // 4, round(DISTIL / 3)]    # others that were tried: 41, 125, 167
-WHAT |= {f"perceived-{n}": (f"perceived-{n}", 1) for n in SHARES}
+SHARES = [DISTIL // 12, round(DISTIL / 3)]                 # others that were tried: 41, and 167, which is all of it
+WHAT |= {what: (what, 1) for what in ("perceived-alone", *(f"perceived-{n}" for n in SHARES))}
+
+
+def lpips(start, pairs, out, lr, seed, n=PERCEIVED, l2=0.05):
+    return train("distill.py", start, pairs, out, n, lr, seed, f"--exact --warmup 20 {mini.lpips('models', l2)}")
 
 
 def perceived(start, pairs, out, length, lr, seed, flags="", n=PERCEIVED):
-    """Command lines of a distillation at the cost of `length` iterations of L2, the last n of whose iterations are LPIPS."""
-    last = lambda begin: train("distill.py", begin, pairs, out, n, lr, seed, f"--exact --warmup 20 {mini.lpips('models')}")
-    before = length - 3 * n
-    return [train("distill.py", start, pairs, f"{out}-l2", before, lr, seed, f"--exact {flags}"), last(f"{out}-l2")] if before > 0 else [last(start)]
+    """Command lines of a distillation at the cost of `length` iterations of L2, whose last n are LPIPS."""
+    if 3 * n > length:
+        return [lpips(start, pairs, out, lr, seed, n)]
+    return [train("distill.py", start, pairs, f"{out}-l2", length - 3 * n, lr, seed, f"--exact {flags}"), lpips(f"{out}-l2", pairs, out, lr, seed, n)]
 
 
 def lines(root, seed):
@@ -50,14 +54,18 @@ def lines(root, seed):
                 train("distill.py", own(recipe, flow), own(recipe, "pairs"), own(recipe, "reflowed"), DISTIL, AFTER, seed, "--exact")]
     for recipe, flags in FLAGS.items():
         made += student(recipe, "models/mini-sd", f"{root}/pairs-{GUIDANCE}-{PAIRS}", flags)
-    made += [train("distill.py", own("early-huber", "2rf"), own("early-huber", "pairs"), own("early-huber", "hubered"), DISTIL, AFTER, seed, "--exact --loss huber"),
-             generate(root, own("early-huber", "2rf"), FLOW_STEPS, 3, PAIRS, own("early-huber", "pairs-3"), seed),
-             train("distill.py", own("early-huber", "2rf"), own("early-huber", "pairs-3"), own("early-huber", "strong"), DISTIL, AFTER, seed, "--exact"),
-             train("distill.py", "models/mini-sd", f"{root}/pairs-{GUIDANCE}-{PAIRS + MORE}", own("direct-huber", "hubered"), REFLOW + DISTIL, DIRECT, seed, "--exact --loss huber"),
+    flow, strong, more = own("early-huber", "2rf"), own("early-huber", "pairs-3"), f"{root}/pairs-{GUIDANCE}-{PAIRS + MORE}"
+    made += [train("distill.py", flow, own("early-huber", "pairs"), own("early-huber", "hubered"), DISTIL, AFTER, seed, "--exact --loss huber"),
+             generate(root, flow, FLOW_STEPS, 3, PAIRS, strong, seed),
+             train("distill.py", flow, strong, own("early-huber", "strong"), DISTIL, AFTER, seed, "--exact"),
+             train("distill.py", "models/mini-sd", more, own("direct-huber", "hubered"), REFLOW + DISTIL, DIRECT, seed, "--exact --loss huber"),
              *perceived(f"{paper}/2rf", f"{paper}/pairs", f"{paper}/perceived", DISTIL, AFTER, seed),
-             *perceived(own("early-huber", "2rf"), own("early-huber", "pairs-3"), own("early-huber", "perceived"), DISTIL, AFTER, seed, "--loss huber"),
-             *(line for n in SHARES for line in perceived(own("early-huber", "2rf"), own("early-huber", "pairs-3"), own("early-huber", f"perceived-{n}"), DISTIL, AFTER, seed, "--loss huber", n)),
-             *perceived("models/mini-sd", f"{root}/pairs-{GUIDANCE}-{PAIRS + MORE}", own("direct-huber", "perceived"), REFLOW + DISTIL, DIRECT, seed, "--loss huber")]
+             *perceived(flow, strong, own("early-huber", "perceived"), DISTIL, AFTER, seed, "--loss huber"),
+             *perceived("models/mini-sd", more, own("direct-huber", "perceived"), REFLOW + DISTIL, DIRECT, seed, "--loss huber"),
+             lpips(f"{paper}/perceived-l2", f"{paper}/pairs", f"{paper}/perceived-alone", AFTER, seed, l2=0),
+             lpips(own("early-huber", "perceived-l2"), strong, own("early-huber", "perceived-alone"), AFTER, seed, l2=0)]
+    for n in SHARES:
+        made += perceived(flow, strong, own("early-huber", f"perceived-{n}"), DISTIL, AFTER, seed, "--loss huber", n)
     return made + student("3rf", f"{paper}/2rf", f"{paper}/pairs", "", "3rf") + [
         generate(root, f"{paper}/2rf", FLOW_STEPS, mini.GUIDANCE, 2 * PAIRS, own("longer", "pairs"), seed),
         train("distill.py", f"{paper}/2rf", own("longer", "pairs"), own("longer", "reflowed"), REFLOW + DISTIL, AFTER, seed, "--exact")]

@@ -57,6 +57,7 @@ def test_recipes_at_equal_cost(seed):
     assert passes(lines, own("early-huber", "strong")) == hubered[0] == cost["exact"] and 0 <= hubered[0] - hubered[1] < 20                   # less than a pair
     perceived = [passes(lines, own(recipe, "perceived")) for recipe in ("exact", "early-huber", "direct-huber")]
     assert perceived == [cost["exact"], cost["exact"], hubered[1]]
+    assert [passes(lines, own(recipe, "perceived-alone")) for recipe in ("exact", "early-huber")] == perceived[:2]
     for n in recipes.SHARES:                               # to an iteration
         assert abs(passes(lines, own("early-huber", f"perceived-{n}")) - cost["exact"]) <= 3 * 32
     parsed = {flag(words, "--out"): words for words in map(shlex.split, lines)}
