@@ -63,7 +63,7 @@ def write_model(folder, config):
 
 
 def ours(folder, device, dtype, compile=False):
-    """-> text(prompts), unet(x, timestep, context), decode(scaled latents) of our modules, on the path that sample.py takes."""
+    """-> text(prompts), unet(x, timestep, context), decode(scaled latents) of our modules, packed as sample.py has them."""
     model = InstaFlow.load(folder, device, dtype)
     for module in (model.text.tower, model.unet, model.vae.decoder):
         fast.compiled(module, device) if compile else fast.pack(module)
