@@ -78,12 +78,12 @@ def ddim(eps, x, steps, schedule):
     return x
 
 
-def dpm_solver(eps, x, steps, schedule):
+def dpm_solver(eps, x, steps, schedule, start=999):
     """DPM-Solver++(2M) (Lu et al. 2022, algorithm 2) from noise x [B, ...] -> x_0: second order, one call a step, evenly
-    spaced timesteps, the end at sigma 0; the first and the last step are of first order.
-    steps: 1 to 999, else ValueError."""
+    spaced timesteps, the end at sigma 0; the first and the last step are of first order. start: the timestep of x, where it
+    is no longer pure noise. steps: 1 to 999, else ValueError."""
     _steps_ok(steps)
-    grid = np.linspace(0, 999, steps + 1).round()[1:][::-1].astype(int)
+    grid = np.linspace(0, start, steps + 1).round()[1:][::-1].astype(int)
     a, b = ([scale[i] for i in grid] for scale in schedule.scales())
     lam = [np.log(p / q) for p, q in zip(a, b)]                              # half the log-SNR
     previous = None

@@ -40,6 +40,7 @@ CONFIGS = {                                                # U-Net, VAE, text to
 PROMPTS = ["a red circle left of a blue square", "a small yellow star", "a large green heart above a small purple ring",
            "a pink cross on a dark striped background", "a cyan diamond below an orange triangle", "a blue ring left of a red star and a green square above the red star"]
 SAMPLERS = {"euler": flows.euler, "heun": flows.heun, "ddim": diffusion.ddim, "dpm": diffusion.dpm_solver}
+STARTED = 2                                                # steps of a path that another model finishes (solve_with)
 DEFAULTS = {"velocity": {"sampler": "euler", "steps": 25, "guidance": 1.5},      # the paper's 2-rectified flow
             "epsilon": {"sampler": "dpm", "steps": 25, "guidance": 7.5}}         # Stable Diffusion
 
@@ -196,14 +197,34 @@ class InstaFlow:
     @torch.no_grad()
     def solve_from(self, start, x0, latents, context, null, steps=None, guidance=None):
         """Image to image: from a point within the flow, (1 - start) noise + start latents, on to its end -> latents [B, 4, h, w].
-        start in [0, 1] is the flow time: 0 forgets the picture, 1 keeps it. Euler's (or Heun's) steps, as many of `steps` as fall
-        between start and 1. A noise predictor is read as its velocity, and guidance, which is linear, carries over."""
-        steps = max(1, round((1 - start) * (self.info["steps"] if steps is None else steps)))
-        alpha = self.info["guidance"] if guidance is None else guidance
-        v = flows.guided(self.velocity, context, null, alpha)
-        x = flows.interpolate(x0, latents, torch.full((len(x0),), start, device=x0.device)).contiguous(memory_format=torch.channels_last)
-        solver = flows.heun if self.info["sampler"] == "heun" else flows.euler
-        return solver(lambda z, s: (1 - start) * v(z, start + (1 - start) * s), x, steps)    # s in [0, 1] runs over the times left
+        start in [0, 1] is the flow time: 0 forgets the picture, 1 keeps it. As many of `steps` as fall between start and 1."""
+        x = flows.interpolate(x0, latents, torch.full((len(x0),), start, device=x0.device))
+        return self.finish(x, start, context, null, max(1, round((1 - start) * (self.info["steps"] if steps is None else steps))), guidance)
+
+    @torch.no_grad()
+    def finish(self, x, t, context, null, steps, guidance=None):
+        """From a point x [B, 4, h, w] of the flow at time t in [0, 1] along the model's ODE to its end, in `steps` steps from there ->
+        latents [B, 4, h, w]. By the model's own sampler; but DDIM, whose grid starts at noise, gives way to Euler's steps on the velocity."""
+        alpha, x = self.info["guidance"] if guidance is None else guidance, x.contiguous(memory_format=torch.channels_last)
+        if t == 1:
+            return x                                       # a noise predictor would still look for noise
+        if self.info["sampler"] == "dpm":
+            index = round(float(self.schedule.index(torch.tensor([t]))[0]))
+            x = x / (t ** 2 + (1 - t) ** 2) ** 0.5         # from the line's scale to the diffusion's, as in velocity_from_eps
+            return diffusion.dpm_solver(flows.guided(self.unet, context, null, alpha), x, min(steps, max(index, 1)), self.schedule, index)
+        v, solver = flows.guided(self.velocity, context, null, alpha), flows.heun if self.info["sampler"] == "heun" else flows.euler
+        return solver(lambda z, s: (1 - t) * v(z, t + (1 - t) * s), x, steps)    # s in [0, 1] runs over the times left
+
+    @torch.no_grad()
+    def solve_with(self, teacher, t, strength, x0, context, null, steps, guidance):
+        """The model's path to time t, in STARTED Euler steps; from there its teacher's, in all other steps, at guidance `strength` -> latents
+        [B, 4, h, w]. Not in the paper. Which picture a noise becomes is decided early, and that part of the path is what reflow has made easy to
+        learn; what follows, a reflowed model draws worse than its teacher (benchmarks/miniature.md). Raises UserError where no step is left to it."""
+        if steps <= STARTED:
+            raise UserError(f"steps is {steps}; of a path that a teacher finishes the first {STARTED} are the flow's own, so give at least {STARTED + 1}")
+        v = flows.guided(self.velocity, context, null, guidance)
+        x = flows.euler(lambda z, s: t * v(z, t * s), x0.contiguous(memory_format=torch.channels_last), STARTED)
+        return teacher.finish(x, t, context, null, steps - STARTED, strength)
 
     def latents(self, prompts, steps=None, guidance=None, seed=0, first=0, negative="", height=None, width=None):
         """-> scaled latents [B, 4, h, w] of list[str]; picture i starts from noise(0, seed, first + i). A str is a ValueError."""

@@ -54,9 +54,10 @@ def batches(model, captions, seed, desc=""):
 
 
 @torch.no_grad()
-def latents(model, captions, seed, steps=None, guidance=None, sampler=None, desc=""):
-    """The ends of a model's paths, one a caption -> [n, 4, h, w]. None: the model's own."""
-    return torch.cat([model.solve(*batch, steps, guidance, sampler) for batch in batches(model, captions, seed, desc)])
+def latents(model, captions, seed, steps=None, guidance=None, sampler=None, desc="", finish=()):
+    """The ends of a model's paths, one a caption -> [n, 4, h, w]. None: the model's own. finish: who draws them (`InstaFlow.solve_with`)."""
+    solve = functools.partial(model.solve_with, *finish) if finish else functools.partial(model.solve, sampler=sampler)
+    return torch.cat([solve(*batch, steps, guidance) for batch in batches(model, captions, seed, desc)])
 
 
 def pictures(model, latents):
@@ -122,21 +123,25 @@ def straightness(model, captions, seed=0, steps=100):
 
 
 @functools.cache
-def ends(path, n, seed, device, steps, guidance, sampler):
-    """Where a model's paths end, for n captions that no training drew: kept, since several students have one teacher."""
-    return latents(InstaFlow.load(path, device), list(scenes.captions(SEED, 0, n)), seed, steps, guidance, sampler, f"ends of {path.name}")
+def ends(path, n, seed, device, steps, guidance, sampler, finish=None):
+    """Where a model's paths end, for n captions that no training drew: kept, since several students have one teacher. finish: the name of
+    the folder beside it whose model draws the ends, the time from which, and its guidance."""
+    finish = finish and (InstaFlow.load(path.parent / finish[0], device), *finish[1:])
+    return latents(InstaFlow.load(path, device), list(scenes.captions(SEED, 0, n)), seed, steps, guidance, sampler, f"ends of {path.name}", finish)
 
 
 def teacher(folder, name, model):
     """The teacher whose path's end a model is to reach: the model in `folder` that made its training pairs, solved as for those; without
-    pairs, the model itself -> (its name, steps, guidance, sampler), or None where that very model is not there."""
+    pairs, the model itself -> what `ends` takes (its name, steps, guidance, sampler, and who finished), or None where that very model is not there."""
     made = model.info.get("pairs")
     if not made:
         return name, *(model.info[key] for key in ("steps", "guidance", "sampler"))
-    path = Path(folder) / Path(made["model"]).name
-    if not path.is_dir() or made.get("weights") not in (None, weights.checksum(path)):
-        return None
-    return path.name, *(made[key] for key in ("steps", "guidance", "sampler"))
+    finish = made.get("finish")
+    for one in filter(None, (made, finish)):
+        path = Path(folder) / Path(one["model"]).name
+        if not path.is_dir() or one.get("weights") not in (None, weights.checksum(path)):
+            return None
+    return Path(made["model"]).name, *(made[key] for key in ("steps", "guidance", "sampler")), *([(Path(finish["model"]).name, finish["at"], finish["guidance"])] if finish else [])
 
 
 def content(folder, name, model, steps, n, seed=0):

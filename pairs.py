@@ -12,6 +12,7 @@ of a shard is there, they become the shard. Shards and parts are whole, or they 
 """
 import bisect
 import errno
+import functools
 import json
 import os
 import re
@@ -31,6 +32,7 @@ import flows
 import hub
 import training
 import weights
+from checkpoint import crc
 from cli import UserError
 from instaflow import InstaFlow, grid, to_pil
 
@@ -74,8 +76,8 @@ def open_shard(path):
         raise UserError(f"{path} is no whole shard ({error}); delete it and run the same pairs.py line again") from None
 
 
-def generate(model, prompts, indices, args, made):
-    """The pairs `indices` (a range) -> one shard's tensors. made: is told of every batch's size."""
+def generate(model, solve, prompts, indices, args, made):
+    """The pairs `indices` (a range), by `solve` (model.solve, or solve_with) -> one shard's tensors. made: is told of every batch's size."""
     shape, latents, sums = model.latent_shape(), [], []
     for start in range(0, len(indices), args.batch):
         batch = indices[start:start + args.batch]
@@ -83,7 +85,7 @@ def generate(model, prompts, indices, args, made):
         sums += [checksum(x) for x in noise]
         with torch.no_grad(), training.autocast(model.device, args.float32):
             text = model.text([prompts[i % len(prompts)] for i in batch] + [""])
-            x1 = model.solve(noise.to(model.device), text[:-1], text[-1:], args.steps, args.guidance)
+            x1 = solve(noise.to(model.device), text[:-1], text[-1:], args.steps, args.guidance)
         latents.append(x1.half().cpu())
         if not latents[-1].isfinite().all():
             raise UserError(f"of the pairs {batch.start} to {batch.stop - 1} some latents are no finite numbers; give a guidance nearer to 1 than {args.guidance:g}")
@@ -198,6 +200,9 @@ def make(words):
     parser.add_argument("--number", type=cli.positive, help="pairs in all (default: one a prompt; beyond that the prompts repeat)")
     parser.add_argument("--steps", type=cli.positive, help="of the sampler (the paper: 25; default: the model's own)")
     parser.add_argument("--guidance", type=cli.number(), help="the paper: 5.0 on Stable Diffusion's noise, 1.5 on the 2-rectified flow's velocity")
+    parser.add_argument("--finish", help="a noise predictor, the teacher of --model: it draws the paths' ends, all but the first two steps (not the paper's)")
+    parser.add_argument("--finish-at", type=cli.number(0, 1), default=0.2, help="the flow time from which it does")
+    parser.add_argument("--finish-guidance", type=cli.number(), help="its guidance (default: its own)")
     parser.add_argument("--seed", type=cli.seed, default=0, help="of the noise, in stream 1")
     parser.add_argument("--batch", type=cli.positive, default=64, help="pictures at a time")
     parser.add_argument("--shard", type=cli.positive, help="pairs a file (default: the folder's, or what makes about 1 GB)")
@@ -206,13 +211,19 @@ def make(words):
     parser.add_argument("--device", type=cli.device, help="default: the GPU where there is one")
     args = parser.parse_args(words)
 
+    if args.finish_guidance is not None and not args.finish:
+        raise UserError("--finish-guidance is the teacher's; give --finish too")
     world = training.start(args.device)
     if args.graphs and world.device.type != "cuda":
         raise UserError("--graphs is for a GPU; leave it out")
     prompts = cli.Prompts(args.prompts)
     model = InstaFlow.load(args.model, world.device)
-    if args.graphs:
-        fast.graphed(model.unet)
+    teacher = InstaFlow.load(args.finish, world.device) if args.finish else None
+    if teacher and crc(teacher.text) != crc(model.text):
+        raise UserError(f"--finish {args.finish} has another text tower than --model {args.model}; give the teacher of that model")
+    for each in (model, teacher):
+        if each and args.graphs:
+            fast.graphed(each.unet)
     first = next(iter(sorted(Path(args.out).glob("shard-*.safetensors"))), None)             # a part tells as much as a shard
     old = json.loads(open_shard(first).metadata()["json"]) if first else {}
     args.steps = args.steps or model.info["steps"]
@@ -221,8 +232,12 @@ def make(words):
     number = args.number or len(prompts)
     info = {"model": os.path.normpath(args.model), "weights": weights.checksum(hub.locate(args.model)), "sampler": model.info["sampler"], "steps": args.steps, "guidance": args.guidance, "number": number,
             "shard": args.shard, "seed": args.seed, "prompts": prompts.crc}
+    if teacher:
+        strength = teacher.info["guidance"] if args.finish_guidance is None else args.finish_guidance
+        info["finish"] = {"model": os.path.normpath(args.finish), "weights": weights.checksum(hub.locate(args.finish)), "at": args.finish_at, "guidance": strength}
+    solve = functools.partial(model.solve_with, teacher, args.finish_at, strength) if teacher else model.solve
     if first and old != info:
-        changed = [k for k in info if old.get(k) != info[k]]
+        changed = sorted(k for k in {*old, *info} if old.get(k) != info.get(k))
         raise UserError(f"{args.out} holds pairs made otherwise ({', '.join(changed)} differ); give the same settings, or another --out")
 
     shards = list(plan(number, args.shard))
@@ -253,7 +268,7 @@ def make(words):
     bar = tqdm(total=number, initial=number - count, desc="pairs", unit="pair", disable=world.rank > 0, mininterval=1)
     for k, j in todo[world.rank::world.size]:
         rows = shards[k][j]
-        training.write_tensors(part_path(args.out, k, j, len(shards[k])), generate(model, prompts, rows, args, lambda n: bar.update(min(n * world.size, number - bar.n))), {"json": json.dumps(info)})
+        training.write_tensors(part_path(args.out, k, j, len(shards[k])), generate(model, solve, prompts, rows, args, lambda n: bar.update(min(n * world.size, number - bar.n))), {"json": json.dumps(info)})
         put_together()
     training.barrier()                                     # now every part is there
     put_together()

@@ -55,7 +55,8 @@ def pipeline(root, regime, seed):
 
 def error(path, made, n):
     """Mean squared distance, a latent element, of one step of the student at `path` from the end of the path of its own teacher, which made its pairs."""
-    theirs = ends(Path(made["model"]), n, 0, "cpu", made["steps"], made["guidance"], made["sampler"])
+    finish = made.get("finish")
+    theirs = ends(Path(made["model"]), n, 0, "cpu", made["steps"], made["guidance"], made["sampler"], finish and (Path(finish["model"]).resolve(), finish["at"], finish["guidance"]))
     return {"error": float((ends(path, n, 0, "cpu", 1, 1.0, "euler") - theirs).square().mean())}
 
 

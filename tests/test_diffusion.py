@@ -1,5 +1,6 @@
 import math
 
+import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
@@ -197,3 +198,15 @@ def test_velocity_is_continuous_where_the_schedule_ends(schedule):
         edge = a[k] / (a[k] + b[k])
         inside, outside = (v(z, (edge + d).reshape(1)) for d in (-1e-7, 1e-7))
         assert relative_error(inside, outside) < 1e-4
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # the peer's
+@pytest.mark.parametrize("start,steps", [(899, 7), (500, 1), (3, 3)])
+def test_dpm_solver_from_within(schedule, start, steps):
+    x = torch.randn(3, 4, 6, 5)
+    scheduler = DPMSolverMultistepScheduler(**BETAS)
+    scheduler.set_timesteps(timesteps=np.linspace(0, start, steps + 1).round()[1:][::-1].astype(int).tolist())
+    theirs = x
+    for timestep in scheduler.timesteps:
+        theirs = scheduler.step(curved(theirs, timestep), timestep, theirs, return_dict=False)[0]
+    assert relative_error(diffusion.dpm_solver(curved, x, steps, schedule, start), theirs) < 1e-5

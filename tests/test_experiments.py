@@ -103,6 +103,21 @@ def test_one_steps_error_is_the_distance_to_the_pairs_end_from_the_same_noise(mo
     assert measured["unrelated"] == pytest.approx(np.mean([float((theirs[i] - theirs[i - 1]).square().mean()) for i in range(3)]), rel=0.03)
 
 
+def test_the_error_is_to_the_ends_that_another_model_drew(models, capsys):
+    """A student of pairs that "teacher" began and "flow" finished, as pairs.py --finish has it."""
+    student, captions = InstaFlow.load(models / "flow"), list(scenes.captions(measure.SEED, 0, 3))
+    student.info["pairs"]["finish"] = {"model": "elsewhere/flow", "weights": weights.checksum(models / "flow"), "at": 0.4, "guidance": 2.0}
+    assert measure.teacher(models, "flow", student) == ("teacher", 2, 3.0, "ddim", ("flow", 0.4, 2.0))
+    student.info["pairs"]["steps"], begun, context = 5, InstaFlow.load(models / "teacher"), student.text([*captions, ""])
+    with torch.no_grad():
+        theirs = begun.solve_with(InstaFlow.load(models / "flow"), 0.4, 2.0, begun.noise(6, 0, 3), context[:3], context[3:], 5, 3.0)
+    of, measured = measure.content(models, "flow", student, 1, 3, seed=6)
+    assert measured()["error"] == pytest.approx(float((student.latents(captions, 1, seed=6) - theirs).square().mean()), rel=0.03)
+    student.info["pairs"]["finish"]["weights"] += 1
+    other, measured = measure.content(models, "flow", student, 1, 3, seed=6)
+    assert measured() == {} and "has not the model" in capsys.readouterr().err and other != of
+
+
 def test_another_teacher_than_the_pairs_is_none(models, capsys):
     flow, before = InstaFlow.load(models / "flow"), measure.content(models, "flow", InstaFlow.load(models / "flow"), 1, 2)[0]
     shutil.copy(models / "flow" / "unet" / weights.UNET_FILE, models / "teacher" / "unet")

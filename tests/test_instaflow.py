@@ -1,5 +1,6 @@
 import json
 import shutil
+from copy import copy as copied
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ import weights
 from cli import UserError
 from conftest import relative_error
 from instaflow import InstaFlow
+from test_diffusion import GaussianNoisePredictor, rectified_velocity
 
 pytestmark = pytest.mark.usefixtures("plain_convolutions")
 PROMPTS = ["a red circle", "a small yellow star above a large green heart", ""]
@@ -147,6 +149,54 @@ def test_velocity_of_a_noise_predictor_at_a_whole_index(teacher, index):
     x = (a + b) * z
     eps = teacher.unet(x, float(index), text)
     assert relative_error(teacher.velocity(z, torch.full((2,), a / (a + b), dtype=torch.float64), text).float(), (x - b * eps) / a - eps) <= 1e-4
+
+
+class Gaussian:
+    """Data N(0.7, 0.5^2), whose flow is known exactly: as a noise predictor and as a velocity, with the call of a U-Net."""
+    mu, s = 0.7, 0.5
+
+    def noise(self, schedule):
+        predictor = GaussianNoisePredictor(schedule, self.mu, self.s)
+        return lambda x, index, context: predictor(x, index)
+
+    def velocity(self, x, timestep, context):
+        return rectified_velocity(x, 1 - torch.as_tensor(timestep) / 1000, self.mu, self.s).to(x.dtype)
+
+    def end(self, z, t):
+        """Of the path through z at time t: as far from the data's mean, in deviations, as z is from the mean of that time."""
+        return self.mu + self.s * (z - t * self.mu) / (t ** 2 * self.s ** 2 + (1 - t) ** 2) ** 0.5
+
+
+def exact(model, unet, **info):
+    other = copied(model)
+    other.unet, other.info = unet, model.info | info
+    return other
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name, sampler", [("teacher", "dpm"), ("teacher", "ddim"), ("flow", "euler"), ("flow", "heun")])
+@pytest.mark.parametrize("t", [0.1, 0.3, 0.8])
+def test_a_path_goes_on_from_within(request, name, sampler, t):
+    data, model = Gaussian(), request.getfixturevalue(name)
+    z, text = model.noise(3, 0, 2), model.text(["a", ""])
+    path = exact(model, data.noise(model.schedule) if name == "teacher" else data.velocity, sampler=sampler)
+    for steps, most in ((20, 0.1), (400, 0.01)):           # both get nearer
+        assert relative_error(path.finish(z, t, text[:1].expand(2, -1, -1), text[1:], steps, 1.0), data.end(z, t)) < most
+    start = flows.interpolate(z, z.flip(0), torch.full((2,), t))
+    wanted = path.finish(start, t, text[:1].expand(2, -1, -1), text[1:], max(1, round((1 - t) * 10)), 2.0)
+    assert torch.equal(path.solve_from(t, z, z.flip(0), text[:1].expand(2, -1, -1), text[1:], 10, 2.0), wanted)
+
+
+@torch.no_grad()
+def test_a_path_begun_by_the_flow_is_finished_by_its_teacher(flow, teacher):
+    """Two Euler steps of the flow, by hand, and the end that the teacher's exact path has from there."""
+    data, text = Gaussian(), flow.text(PROMPTS[:2] + [""])
+    x0, begun = flow.noise(0, 0, 2), flow.noise(0, 0, 2)
+    for t in (0.0, 0.1):
+        v = lambda context: flow.velocity(begun, torch.full((2,), t), context)
+        begun = begun + 0.1 * (3.0 * v(text[:2]) - 2.0 * v(text[2:].expand(2, -1, -1)))
+    got = flow.solve_with(exact(teacher, data.noise(teacher.schedule)), 0.2, 1.5, x0, text[:2], text[2:], 402, 3.0)
+    assert relative_error(got, data.end(begun, 0.2)) < 0.01
 
 
 @pytest.mark.parametrize("name, sampler", [("flow", "euler"), ("flow", "heun"), ("teacher", "dpm"), ("teacher", "ddim"), ("teacher", "euler")])

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 import cli
 import pairs
 import training
+import weights
 from cli import UserError
 from conftest import one_line
 from instaflow import InstaFlow
@@ -103,6 +104,38 @@ def test_latents_are_the_models_ode_from_that_noise(made, tiny):
         wanted = model.solve(data[i]["noise"][None], model.text([data[i]["prompt"]]), model.text([""]), 3, 2.0)[0]
         assert (data[i]["latent"] - wanted).abs().max() <= wanted.abs().max() * 2 ** -10                 # one step of float16
     assert not torch.allclose(data[0]["latent"], data[7]["latent"])          # same prompt, other noise
+
+
+def test_a_teacher_draws_the_ends_of_a_flows_paths(command, tiny, tmp_path):
+    write_prompts(tmp_path)
+    words = lambda *more: ("pairs.py", "--model", tiny / "flow", "--prompts", tmp_path / "prompts.txt", "--out", tmp_path / "pairs", "--device", "cpu", "--float32", "--steps", 5, "--guidance", 2, *more)
+    finish = "--finish", tiny / "teacher", "--finish-at", 0.3, "--finish-guidance", 3
+    status, out, err = command(*words(*finish))
+    assert status == 0, err
+    flow, teacher, data = InstaFlow.load(tiny / "flow"), InstaFlow.load(tiny / "teacher"), pairs.PairDataset(tmp_path / "pairs")
+    assert data.info["finish"] == {"model": str(tiny / "teacher"), "weights": weights.checksum(tiny / "teacher"), "at": 0.3, "guidance": 3.0}
+    for i in (0, 3):
+        path = data[i]["noise"][None], flow.text([data[i]["prompt"]]), flow.text([""])
+        wanted = flow.solve_with(teacher, 0.3, 3.0, *path, 5, 2.0)
+        assert (data[i]["latent"] - wanted[0]).abs().max() <= wanted.abs().max() * 2 ** -10
+        assert not torch.allclose(wanted, flow.solve(*path, 5, 2.0), rtol=0.1)
+    data.check(flow, tiny / "flow")                        # they are the flow's own, and its student's to learn
+    for other, named in ((finish[:4], "finish"), ((), "finish"), ((*finish[:3], 0.4, *finish[4:]), "finish")):
+        status, out, err = command(*words(*other))
+        assert status == 2 and f"({named} differ)" in err and err.count("\n") == 1
+    for wrong, message in ((("--finish-guidance", 3), "give --finish too"), ((*finish, "--steps", 2, "--out", tmp_path / "new"), "give at least 3")):
+        status, out, err = command(*words(*wrong))
+        assert status == 2 and message in err
+
+
+def test_a_teacher_with_another_text_tower_does_not_finish(command, tiny, tmp_path):
+    write_prompts(tmp_path)
+    teacher = InstaFlow.load(tiny / "teacher")
+    with torch.no_grad():
+        next(teacher.text.parameters()).add_(0.1)
+    teacher.save(tmp_path / "other", self_contained=True)
+    status, out, err = command("pairs.py", "--model", tiny / "flow", "--prompts", tmp_path / "prompts.txt", "--out", tmp_path / "pairs", "--device", "cpu", "--finish", tmp_path / "other")
+    assert status == 2 and "has another text tower" in err
 
 
 def test_a_batch_is_its_items(made):
