@@ -11,7 +11,9 @@ All from the exact start, in regimes.py's budgets. At the paper's recipe's cost:
   direct-huber  not a reflow at all: regimes.py's direct-total, by pseudo-Huber
   "perceived"   half of what distillation after reflow costs goes to LPIPS on the judge's features, as in the paper: in the paper's
                 recipe; in early-huber, by pseudo-Huber and from pairs at guidance 3, all that helped; and in direct-huber, as much.
-                "perceived-alone" is LPIPS without the small L2 between latents; "perceived-41" and "-167" are a quarter and all of the time
+                "perceived-alone" is LPIPS without the small L2 between latents, "perceived-0.01" and "-0.003" with less of it than 0.05;
+                "perceived-41" and "-167" are a quarter and all of the time
+                "finished" is early-huber's "perceived" from pairs whose ends its teacher drew (pairs.py --finish), from a few times on
 and beyond it, at the same cost as each other:
   3rf           the 2-rectified flow reflowed on its own pairs, and then distilled from new ones
   longer        what that costs given to distillation: REFLOW + DISTIL iterations, on PAIRS + PAIRS pairs of the 2-rectified flow
@@ -29,7 +31,9 @@ WHAT = {"flow, 4 steps": ("?rf", 4), "flow, 1 step": ("?rf", 1), "distilled": ("
 _, GUIDANCE, LR, DIRECT, AFTER = REGIMES["exact"]
 PERCEIVED = DISTIL // 6                                    # iterations of LPIPS, each of which takes as long as three of L2: a picture needs the decoder twice and the judge
 SHARES = [DISTIL // 12, round(DISTIL / 3)]                 # others that were tried: 41, and 167, which is all of it
-WHAT |= {what: (what, 1) for what in ("perceived-alone", *(f"perceived-{n}" for n in SHARES))}
+L2S = [0.01, 0.003]                                        # other weights of that L2
+FINISHED = {0.1075: (9, mini.GUIDANCE), 0.231: (8, 3), 0.3: (6, 3)}          # from this time on the teacher draws: steps in all, and its guidance
+WHAT |= {what: (what, 1) for what in ("perceived-alone", *(f"perceived-{n}" for n in SHARES + L2S), *(f"finished-{t}" for t in FINISHED))}
 
 
 def lpips(start, pairs, out, lr, seed, n=PERCEIVED, l2=0.05):
@@ -64,6 +68,11 @@ def lines(root, seed):
              *perceived("models/mini-sd", more, own("direct-huber", "perceived"), REFLOW + DISTIL, DIRECT, seed, "--loss huber"),
              lpips(f"{paper}/perceived-l2", f"{paper}/pairs", f"{paper}/perceived-alone", AFTER, seed, l2=0),
              lpips(own("early-huber", "perceived-l2"), strong, own("early-huber", "perceived-alone"), AFTER, seed, l2=0)]
+    made += [lpips(own("early-huber", "perceived-l2"), strong, own("early-huber", f"perceived-{l2}"), AFTER, seed, l2=l2) for l2 in L2S]
+    for t, (steps, guidance) in FINISHED.items():
+        pairs = own("early-huber", f"pairs-{t}")
+        made += [f"{generate(root, flow, steps, 3, PAIRS, pairs, seed)} --finish models/mini-sd --finish-at {t} --finish-guidance {guidance}",
+                 *perceived(flow, pairs, own("early-huber", f"finished-{t}"), DISTIL, AFTER, seed, "--loss huber")]
     for n in SHARES:
         made += perceived(flow, strong, own("early-huber", f"perceived-{n}"), DISTIL, AFTER, seed, "--loss huber", n)
     return made + student("3rf", f"{paper}/2rf", f"{paper}/pairs", "", "3rf") + [
