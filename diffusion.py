@@ -55,9 +55,9 @@ def _noisier(alpha_bar, device):
     return (1 - bar).log() - bar.log()
 
 
-def _steps_ok(steps):
-    if not 1 <= steps <= 999:
-        raise ValueError(f"steps is {steps}; it must be from 1 to 999")
+def _steps_ok(steps, most=999):
+    if not 1 <= steps <= most:
+        raise ValueError(f"steps is {steps}; it must be from 1 to {most}")
 
 
 def _call(eps, x, timestep):
@@ -81,8 +81,8 @@ def ddim(eps, x, steps, schedule):
 def dpm_solver(eps, x, steps, schedule, start=999):
     """DPM-Solver++(2M) (Lu et al. 2022, algorithm 2) from noise x [B, ...] -> x_0: second order, one call a step, evenly
     spaced timesteps, the end at sigma 0; the first and the last step are of first order. start: the timestep of x, where it
-    is no longer pure noise. steps: 1 to 999, else ValueError."""
-    _steps_ok(steps)
+    is no longer pure noise. steps: 1 to start (where that is 0: 1), else ValueError."""
+    _steps_ok(steps, max(start, 1))
     grid = np.linspace(0, start, steps + 1).round()[1:][::-1].astype(int)
     a, b = ([scale[i] for i in grid] for scale in schedule.scales())
     lam = [np.log(p / q) for p, q in zip(a, b)]                              # half the log-SNR

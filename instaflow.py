@@ -117,8 +117,7 @@ class InstaFlow:
         """Write the folder. VAE and text tower are written too where they came from no folder or self_contained is set;
         else instaflow.json points at theirs. A path that ends in .safetensors becomes one file in the ldm layout, which the
         usual programs read. dtype: of the weights on disk, None their own."""
-        if not all(p.numel() for module in (self.unet, self.vae, self.text) for p in module.parameters()):
-            raise UserError("this model's weights are packed for sampling (fast.pack), and no longer as a file has them; load it again to save it")
+        self.check_weights("save it")
         path, info = Path(path), {k: v for k, v in self.info.items() if not k.startswith("base")}
         if path.suffix == ".safetensors":
             return weights.save_single_file(path, self.unet, self.vae, self.text, info, dtype)
@@ -129,6 +128,11 @@ class InstaFlow:
         else:
             info |= {"base": os.path.relpath(self.base, path), "base_weights": weights.checksum(self.base, "vae", "text_encoder")}
         training.write(path / "instaflow.json", (json.dumps(info, indent=2) + "\n").encode())
+
+    def check_weights(self, purpose):
+        """Raises UserError where they are packed."""
+        if not all(p.numel() for module in (self.unet, self.vae, self.text) for p in module.parameters()):
+            raise UserError(f"this model's weights are packed for sampling (fast.pack), and no longer as a file has them; load it again to {purpose}")
 
     def to(self, device, dtype=torch.float32):
         for module in (self.unet, self.vae, self.text):
@@ -188,11 +192,15 @@ class InstaFlow:
         sampler = sampler or self.info["sampler"]
         if sampler in ("euler", "heun"):
             return SAMPLERS[sampler](flows.guided(self.velocity, context, null, alpha), x0, steps)
-        if self.info["prediction"] != "epsilon":
-            raise UserError(f"sampler {sampler} needs a noise predictor, and this model predicts velocity; use euler or heun")
+        self.check_sampler(sampler)
         if steps > 999:
             raise UserError(f"steps is {steps}; sampler {sampler} takes at most 999")
         return SAMPLERS[sampler](flows.guided(self.unet, context, null, alpha), x0, steps, self.schedule)
+
+    def check_sampler(self, sampler):
+        """Raises UserError for a sampler of the other kind."""
+        if sampler not in ("euler", "heun") and self.info["prediction"] != "epsilon":
+            raise UserError(f"sampler {sampler} needs a noise predictor, and this model predicts velocity; use euler or heun")
 
     @torch.no_grad()
     def solve_from(self, start, x0, latents, context, null, steps=None, guidance=None):
@@ -204,20 +212,21 @@ class InstaFlow:
     @torch.no_grad()
     def finish(self, x, t, context, null, steps, guidance=None):
         """From a point x [B, 4, h, w] of the flow at time t in [0, 1] along the model's ODE to its end, in `steps` steps from there ->
-        latents [B, 4, h, w]. By the model's own sampler; but DDIM, whose grid starts at noise, gives way to Euler's steps on the velocity."""
-        alpha, x = self.info["guidance"] if guidance is None else guidance, x.contiguous(memory_format=torch.channels_last)
+        latents [B, 4, h, w]; fewer where fewer timesteps are left. By the model's own sampler; DDIM, whose grid starts at noise, gives way to DPM-Solver++."""
+        alpha, x, sampler = self.info["guidance"] if guidance is None else guidance, x.contiguous(memory_format=torch.channels_last), self.info["sampler"]
+        self.check_sampler(sampler)
         if t == 1:
             return x                                       # a noise predictor would still look for noise
-        if self.info["sampler"] == "dpm":
-            index = round(float(self.schedule.index(torch.tensor([t]))[0]))
-            x = x / (t ** 2 + (1 - t) ** 2) ** 0.5         # from the line's scale to the diffusion's, as in velocity_from_eps
-            return diffusion.dpm_solver(flows.guided(self.unet, context, null, alpha), x, min(steps, max(index, 1)), self.schedule, index)
-        v, solver = flows.guided(self.velocity, context, null, alpha), flows.heun if self.info["sampler"] == "heun" else flows.euler
-        return solver(lambda z, s: (1 - t) * v(z, t + (1 - t) * s), x, steps)    # s in [0, 1] runs over the times left
+        if sampler in ("euler", "heun"):
+            v = flows.guided(self.velocity, context, null, alpha)
+            return SAMPLERS[sampler](lambda z, s: (1 - t) * v(z, t + (1 - t) * s), x, steps)         # s in [0, 1] runs over the times left
+        index = round(float(self.schedule.index(torch.tensor([t]))[0]))
+        x = x / (t ** 2 + (1 - t) ** 2) ** 0.5             # from the line's scale to the diffusion's, as in velocity_from_eps
+        return diffusion.dpm_solver(flows.guided(self.unet, context, null, alpha), x, min(steps, max(index, 1)), self.schedule, index)
 
     @torch.no_grad()
     def solve_with(self, teacher, t, strength, x0, context, null, steps, guidance):
-        """The model's path to time t, in STARTED Euler steps; from there its teacher's, in all other steps, at guidance `strength` -> latents
+        """The model's path to time t, in STARTED Euler steps; from there its teacher's (`finish`), in all other steps, at guidance `strength` -> latents
         [B, 4, h, w]. Not in the paper. Which picture a noise becomes is decided early, and that part of the path is what reflow has made easy to
         learn; what follows, a reflowed model draws worse than its teacher (benchmarks/miniature.md). Raises UserError where no step is left to it."""
         if steps <= STARTED:

@@ -91,6 +91,7 @@ def load_lora(model, path, scale=1.0):
     """Merge a LoRA's file into model's U-Net and text tower, at `scale`, in place; all of it or, on an error, nothing -> model.
     Raises UserError where a tensor is unknown, lacks its partner or does not fit."""
     path = Path(path)
+    model.check_weights("merge a LoRA")
     if model.unet.config.stacked:
         raise UserError(f"{path}: a LoRA is made for one U-Net, and this model has two stacked; merge it into the model it was made from")
     if path.is_dir():
@@ -150,6 +151,8 @@ def add_difference(model, custom, base, scale=1.0):
     """U-Net += scale * (W(custom) - W(base)), and custom's VAE and text tower in place of model's -> model. custom: a fine-tuned Stable
     Diffusion 1.x; base: the one it was tuned from; each an InstaFlow or what InstaFlow.load takes. Raises UserError where sizes differ."""
     custom, base = _opened(custom), _opened(base)
+    for each in (model, custom, base):
+        each.check_weights("add a difference")
     ours, plus, minus = (m.unet.state_dict() for m in (model, custom, base))
     for name, theirs in (("custom", plus), ("base", minus)):
         wrong = sorted(k for k in ours.keys() | theirs.keys() if k not in ours or k not in theirs or ours[k].shape != theirs[k].shape)

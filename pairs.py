@@ -12,7 +12,6 @@ of a shard is there, they become the shard. Shards and parts are whole, or they 
 """
 import bisect
 import errno
-import functools
 import json
 import os
 import re
@@ -32,7 +31,6 @@ import flows
 import hub
 import training
 import weights
-from checkpoint import crc
 from cli import UserError
 from instaflow import InstaFlow, grid, to_pil
 
@@ -112,11 +110,8 @@ def merge(folder, k, parts):
 
 
 class PairDataset:
-    """Read pairs back: dataset[i] -> {"noise": [4, h, w], "latent": [4, h, w], "prompt": str}, float32, on the CPU.
-
-    Shards are memory-mapped. `info`: how they were made. Raises UserError where a shard is
-    missing or damaged, or the noise made here is not the noise they were made from.
-    """
+    """Read pairs back: dataset[i] -> {"noise": [4, h, w], "latent": [4, h, w], "prompt": str}, float32, on the CPU. Shards are memory-mapped.
+    `info`: how they were made. Raises UserError where a shard is missing or damaged, or the noise made here is not the noise they were made from."""
 
     def __init__(self, folder):
         self.folder, self.shards, self.kept, self.ends = Path(folder), {}, {}, []
@@ -201,7 +196,7 @@ def make(words):
     parser.add_argument("--steps", type=cli.positive, help="of the sampler (the paper: 25; default: the model's own)")
     parser.add_argument("--guidance", type=cli.number(), help="the paper: 5.0 on Stable Diffusion's noise, 1.5 on the 2-rectified flow's velocity")
     parser.add_argument("--finish", help="a noise predictor, the teacher of --model: it draws the paths' ends, all but the first two steps (not the paper's)")
-    parser.add_argument("--finish-at", type=cli.number(0, 1), default=0.2, help="the flow time from which it does")
+    parser.add_argument("--finish-at", type=cli.number(), help="the flow time, between 0 and 1, from which it does")
     parser.add_argument("--finish-guidance", type=cli.number(), help="its guidance (default: its own)")
     parser.add_argument("--seed", type=cli.seed, default=0, help="of the noise, in stream 1")
     parser.add_argument("--batch", type=cli.positive, default=64, help="pictures at a time")
@@ -211,19 +206,18 @@ def make(words):
     parser.add_argument("--device", type=cli.device, help="default: the GPU where there is one")
     args = parser.parse_args(words)
 
-    if args.finish_guidance is not None and not args.finish:
-        raise UserError("--finish-guidance is the teacher's; give --finish too")
+    if not 0 < (args.finish_at or 0) < 1 if args.finish else (args.finish_at, args.finish_guidance) != (None, None):
+        raise UserError("--finish MODEL and --finish-at T, with T between 0 and 1 (in miniature: 0.3), go together, and --finish-guidance with both")
     world = training.start(args.device)
     if args.graphs and world.device.type != "cuda":
         raise UserError("--graphs is for a GPU; leave it out")
     prompts = cli.Prompts(args.prompts)
     model = InstaFlow.load(args.model, world.device)
     teacher = InstaFlow.load(args.finish, world.device) if args.finish else None
-    if teacher and crc(teacher.text) != crc(model.text):
-        raise UserError(f"--finish {args.finish} has another text tower than --model {args.model}; give the teacher of that model")
-    for each in (model, teacher):
-        if each and args.graphs:
-            fast.graphed(each.unet)
+    if teacher and (teacher.info["prediction"] != "epsilon" or not all(weights.same(getattr(teacher, part), getattr(model, part)) for part in ("vae", "text"))):
+        raise UserError(f"--finish {args.finish} is no noise predictor with the VAE and text tower of --model {args.model}; give the teacher of that model")
+    for each in filter(None, (model, teacher) if args.graphs else ()):
+        fast.graphed(each.unet)
     first = next(iter(sorted(Path(args.out).glob("shard-*.safetensors"))), None)             # a part tells as much as a shard
     old = json.loads(open_shard(first).metadata()["json"]) if first else {}
     args.steps = args.steps or model.info["steps"]
@@ -234,8 +228,8 @@ def make(words):
             "shard": args.shard, "seed": args.seed, "prompts": prompts.crc}
     if teacher:
         strength = teacher.info["guidance"] if args.finish_guidance is None else args.finish_guidance
-        info["finish"] = {"model": os.path.normpath(args.finish), "weights": weights.checksum(hub.locate(args.finish)), "at": args.finish_at, "guidance": strength}
-    solve = functools.partial(model.solve_with, teacher, args.finish_at, strength) if teacher else model.solve
+        info["finish"] = {"model": os.path.normpath(args.finish), "weights": weights.checksum(hub.locate(args.finish)), "sampler": teacher.info["sampler"], "at": args.finish_at, "guidance": strength}
+    solve = (lambda *path: model.solve_with(teacher, args.finish_at, strength, *path)) if teacher else model.solve
     if first and old != info:
         changed = sorted(k for k in {*old, *info} if old.get(k) != info.get(k))
         raise UserError(f"{args.out} holds pairs made otherwise ({', '.join(changed)} differ); give the same settings, or another --out")
@@ -320,7 +314,8 @@ def verify(words):
     refuse(wrong, args.pairs, len(data.ends))
     mean = total / numbers
     print(f"{args.pairs}: {len(data)} pairs in {len(data.ends)} shards, all as they should be; latents {list(latent.shape[1:])}, mean {mean:.3f}, "
-          f"deviation {(squares / numbers - mean * mean) ** 0.5:.3f}; by {data.info['model']}, {data.info['steps']} {data.info['sampler']} steps, guidance {data.info['guidance']}")
+          f"deviation {(squares / numbers - mean * mean) ** 0.5:.3f}; by {data.info['model']}, {data.info['steps']} {data.info['sampler']} steps, guidance {data.info['guidance']}"
+          + ("; from t = {at} on by {model}, {sampler}, guidance {guidance}".format(**data.info["finish"]) if "finish" in data.info else ""))
 
 
 def preview(words):

@@ -179,6 +179,12 @@ def checksum(path, *parts):
     return crc
 
 
+def same(a, b):
+    """Whether two modules have the same weights in float16, in which a student's folder may have its teacher's."""
+    a, b = a.state_dict(), b.state_dict()
+    return a.keys() == b.keys() and all(a[key].shape == b[key].shape and torch.equal(a[key].half(), b[key].half()) for key in a)
+
+
 # --- tensors into modules ---
 
 def _build(module, config, given, path):

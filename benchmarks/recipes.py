@@ -1,6 +1,6 @@
 """What other recipes of reflow bring beside the paper's: other times, Lee et al. 2024's loss, and a second reflow.
 
-    python benchmarks/recipes.py         # after benchmarks/regimes.py, whose 2-rectified flows it shares: two hours of two cores more
+    python benchmarks/recipes.py         # after benchmarks/regimes.py, whose 2-rectified flows it shares: three hours of two cores more
 
 All from the exact start, in regimes.py's budgets. At the paper's recipe's cost:
   u-shaped      t is drawn mostly near 0 and 1 (Lee et al. 2024)
@@ -13,7 +13,7 @@ All from the exact start, in regimes.py's budgets. At the paper's recipe's cost:
                 recipe; in early-huber, by pseudo-Huber and from pairs at guidance 3, all that helped; and in direct-huber, as much.
                 "perceived-alone" is LPIPS without the small L2 between latents, "perceived-0.01" and "-0.003" with less of it than 0.05;
                 "perceived-41" and "-167" are a quarter and all of the time
-                "finished" is early-huber's "perceived" from pairs whose ends its teacher drew (pairs.py --finish), from a few times on
+                "finished" is early-huber's "perceived" from pairs whose ends its teacher drew (pairs.py --finish): from a few times, at two guidances
 and beyond it, at the same cost as each other:
   3rf           the 2-rectified flow reflowed on its own pairs, and then distilled from new ones
   longer        what that costs given to distillation: REFLOW + DISTIL iterations, on PAIRS + PAIRS pairs of the 2-rectified flow
@@ -32,8 +32,8 @@ _, GUIDANCE, LR, DIRECT, AFTER = REGIMES["exact"]
 PERCEIVED = DISTIL // 6                                    # iterations of LPIPS, each of which takes as long as three of L2: a picture needs the decoder twice and the judge
 SHARES = [DISTIL // 12, round(DISTIL / 3)]                 # others that were tried: 41, and 167, which is all of it
 L2S = [0.01, 0.003]                                        # other weights of that L2
-FINISHED = {0.1075: (9, mini.GUIDANCE), 0.231: (8, 3), 0.3: (6, 3)}          # from this time on the teacher draws: steps in all, and its guidance
-WHAT |= {what: (what, 1) for what in ("perceived-alone", *(f"perceived-{n}" for n in SHARES + L2S), *(f"finished-{t}" for t in FINISHED))}
+FINISHED = [(0.1075, 9, mini.GUIDANCE), (0.1075, 9, 3), (0.1643, 8, 3), (0.231, 8, 3)]               # the time from which the teacher draws, steps in all, and the teacher's guidance
+WHAT |= {what: (what, 1) for what in ("perceived-alone", *(f"perceived-{n}" for n in SHARES + L2S), *("finished-{0}-{2}".format(*how) for how in FINISHED))}
 
 
 def lpips(start, pairs, out, lr, seed, n=PERCEIVED, l2=0.05):
@@ -69,10 +69,10 @@ def lines(root, seed):
              lpips(f"{paper}/perceived-l2", f"{paper}/pairs", f"{paper}/perceived-alone", AFTER, seed, l2=0),
              lpips(own("early-huber", "perceived-l2"), strong, own("early-huber", "perceived-alone"), AFTER, seed, l2=0)]
     made += [lpips(own("early-huber", "perceived-l2"), strong, own("early-huber", f"perceived-{l2}"), AFTER, seed, l2=l2) for l2 in L2S]
-    for t, (steps, guidance) in FINISHED.items():
-        pairs = own("early-huber", f"pairs-{t}")
+    for t, steps, guidance in FINISHED:
+        pairs = own("early-huber", f"pairs-{t}-{guidance}")
         made += [f"{generate(root, flow, steps, 3, PAIRS, pairs, seed)} --finish models/mini-sd --finish-at {t} --finish-guidance {guidance}",
-                 *perceived(flow, pairs, own("early-huber", f"finished-{t}"), DISTIL, AFTER, seed, "--loss huber")]
+                 *perceived(flow, pairs, own("early-huber", f"finished-{t}-{guidance}"), DISTIL, AFTER, seed, "--loss huber")]
     for n in SHARES:
         made += perceived(flow, strong, own("early-huber", f"perceived-{n}"), DISTIL, AFTER, seed, "--loss huber", n)
     return made + student("3rf", f"{paper}/2rf", f"{paper}/pairs", "", "3rf") + [

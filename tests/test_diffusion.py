@@ -210,3 +210,5 @@ def test_dpm_solver_from_within(schedule, start, steps):
     for timestep in scheduler.timesteps:
         theirs = scheduler.step(curved(theirs, timestep), timestep, theirs, return_dict=False)[0]
     assert relative_error(diffusion.dpm_solver(curved, x, steps, schedule, start), theirs) < 1e-5
+    with pytest.raises(ValueError, match=f"must be from 1 to {start}"):
+        diffusion.dpm_solver(curved, x, start + 1, schedule, start)

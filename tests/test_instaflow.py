@@ -215,6 +215,8 @@ def test_more_steps_than_the_schedule_has_is_one_line(teacher):
 def test_a_noise_sampler_needs_a_noise_predictor(flow):
     with pytest.raises(UserError, match="sampler dpm needs a noise predictor"):
         flow.solve(flow.noise(0, 0, 1), flow.text(["a"]), flow.text([""]), 1, sampler="dpm")
+    with pytest.raises(UserError, match="sampler dpm needs a noise predictor"):
+        exact(flow, flow.unet, sampler="dpm").finish(flow.noise(0, 0, 1), 0.5, flow.text(["a"]), flow.text([""]), 1)
 
 
 def test_none_means_what_the_folder_says(flow):

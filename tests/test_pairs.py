@@ -113,29 +113,38 @@ def test_a_teacher_draws_the_ends_of_a_flows_paths(command, tiny, tmp_path):
     status, out, err = command(*words(*finish))
     assert status == 0, err
     flow, teacher, data = InstaFlow.load(tiny / "flow"), InstaFlow.load(tiny / "teacher"), pairs.PairDataset(tmp_path / "pairs")
-    assert data.info["finish"] == {"model": str(tiny / "teacher"), "weights": weights.checksum(tiny / "teacher"), "at": 0.3, "guidance": 3.0}
+    assert data.info["finish"] == {"model": str(tiny / "teacher"), "weights": weights.checksum(tiny / "teacher"), "sampler": "dpm", "at": 0.3, "guidance": 3.0}
     for i in (0, 3):
         path = data[i]["noise"][None], flow.text([data[i]["prompt"]]), flow.text([""])
         wanted = flow.solve_with(teacher, 0.3, 3.0, *path, 5, 2.0)
         assert (data[i]["latent"] - wanted[0]).abs().max() <= wanted.abs().max() * 2 ** -10
         assert not torch.allclose(wanted, flow.solve(*path, 5, 2.0), rtol=0.1)
     data.check(flow, tiny / "flow")                        # they are the flow's own, and its student's to learn
-    for other, named in ((finish[:4], "finish"), ((), "finish"), ((*finish[:3], 0.4, *finish[4:]), "finish")):
+    status, out, err = command("pairs.py", "verify", "--pairs", tmp_path / "pairs")
+    assert status == 0 and out.rstrip().endswith(f"guidance 2.0; from t = 0.3 on by {tiny / 'teacher'}, dpm, guidance 3.0")
+    for other in (finish[:4], (), (*finish[:3], 0.4, *finish[4:])):
         status, out, err = command(*words(*other))
-        assert status == 2 and f"({named} differ)" in err and err.count("\n") == 1
-    for wrong, message in ((("--finish-guidance", 3), "give --finish too"), ((*finish, "--steps", 2, "--out", tmp_path / "new"), "give at least 3")):
+        assert status == 2 and "(finish differ)" in err and err.count("\n") == 1
+    for wrong in (("--finish-guidance", 3), ("--finish-at", 0.3), finish[:2], (*finish[:3], 0), (*finish[:3], 1)):
         status, out, err = command(*words(*wrong))
-        assert status == 2 and message in err
+        assert status == 2 and "go together" in err and err.count("\n") == 1
+    status, out, err = command(*words(*finish, "--steps", 2, "--out", tmp_path / "new"))
+    assert status == 2 and "give at least 3" in err
 
 
-def test_a_teacher_with_another_text_tower_does_not_finish(command, tiny, tmp_path):
+@pytest.mark.parametrize("part", ["text", "vae", "prediction", "rounded"])
+def test_only_the_teacher_itself_finishes(command, tiny, tmp_path, part):
+    """Other weights or no noise predictor are refused; weights that were rounded to float16, as a student's folder has them, are not."""
     write_prompts(tmp_path)
     teacher = InstaFlow.load(tiny / "teacher")
-    with torch.no_grad():
-        next(teacher.text.parameters()).add_(0.1)
-    teacher.save(tmp_path / "other", self_contained=True)
-    status, out, err = command("pairs.py", "--model", tiny / "flow", "--prompts", tmp_path / "prompts.txt", "--out", tmp_path / "pairs", "--device", "cpu", "--finish", tmp_path / "other")
-    assert status == 2 and "has another text tower" in err
+    if part in ("text", "vae"):
+        with torch.no_grad():
+            next(getattr(teacher, part).parameters()).add_(0.1)
+    if part == "prediction":
+        teacher.info |= {"prediction": "velocity", "sampler": "euler"}
+    teacher.save(tmp_path / "other", self_contained=True, dtype=torch.float16 if part == "rounded" else None)
+    status, out, err = command("pairs.py", "--model", tiny / "flow", "--prompts", tmp_path / "prompts.txt", "--out", tmp_path / "pairs", "--device", "cpu", "--finish", tmp_path / "other", "--finish-at", 0.3)
+    assert (status == 0) == (part == "rounded") and (part == "rounded" or status == 2 and "is no noise predictor with the VAE and text tower" in err)
 
 
 def test_a_batch_is_its_items(made):

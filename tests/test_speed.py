@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 import fast
+import lora
 import sample
 import unet
 import vae
@@ -82,11 +83,13 @@ def test_packing_twice_and_a_part_before_the_whole():
         assert relative_error(layer(x), expected) <= 1e-5
 
 
-def test_a_packed_model_is_not_saved(tiny, tmp_path):
-    model = InstaFlow.load(tiny / "flow")
+def test_a_packed_model_is_not_saved_nor_changed(tiny, tmp_path):
+    model, plain = InstaFlow.load(tiny / "flow"), InstaFlow.load(tiny / "flow")
     fast.pack(model.unet)
-    with pytest.raises(ValueError, match="packed for sampling"):
-        model.save(tmp_path / "model")
+    for use in (lambda: model.save(tmp_path / "model"), lambda: lora.load_lora(model, tmp_path / "style.safetensors"),
+                lambda: lora.add_difference(model, plain, plain), lambda: lora.add_difference(plain, plain, model)):
+        with pytest.raises(ValueError, match="packed for sampling"):
+            use()
     assert not (tmp_path / "model").exists()
 
 
