@@ -231,7 +231,7 @@ def make(words):
         info["finish"] = {"model": os.path.normpath(args.finish), "weights": weights.checksum(hub.locate(args.finish)), "sampler": teacher.info["sampler"], "at": args.finish_at, "guidance": strength}
     solve = (lambda *path: model.solve_with(teacher, args.finish_at, strength, *path)) if teacher else model.solve
     if first and old != info:
-        changed = sorted(k for k in {*old, *info} if old.get(k) != info.get(k))
+        changed = [k for k in old | info if old.get(k) != info.get(k)]
         raise UserError(f"{args.out} holds pairs made otherwise ({', '.join(changed)} differ); give the same settings, or another --out")
 
     shards = list(plan(number, args.shard))
