@@ -239,7 +239,7 @@ def lpips(models, l2=0.05):
 
 def pipeline(root, short=False):
     """The command lines of the whole miniature, in order: the paper's stages, and beside them direct distillation at equal total cost:
-    as many iterations as reflow and the first distillation have together, pairs from as many U-Net passes (10240 x 20 + 32768 x 16), and the same LPIPS."""
+    as many iterations as reflow and the first distillation have together, pairs from more U-Net passes (36454 x 20, not 10240 x 20 + 32768 x 12), and the same LPIPS."""
     n = (lambda full, little: little if short else full)
     root = shlex.quote(str(root))
     models, pairs = f"{root}/models", f"{root}/pairs"
@@ -250,7 +250,7 @@ def pipeline(root, short=False):
         scenes.py --captions {n(36864, 64)} --seed 1 --out {pairs}/captions.txt
         pairs.py --model {models}/mini-sd --prompts {pairs}/captions.txt --steps {n(10, 2)} --guidance {GUIDANCE} {n("--number 10240", "")} --out {pairs}/sd
         train_reflow.py --model {models}/mini-sd --pairs {pairs}/sd --out {models}/mini-2rf --iterations {n(2400, 4)} --lr 5e-4 {STUDENT} --exact --density early --huber
-        pairs.py --model {models}/mini-2rf --prompts {pairs}/captions.txt --steps {n(8, 2)} --guidance 3 {n("--number 32768", "")} --out {pairs}/2rf
+        pairs.py --model {models}/mini-2rf --prompts {pairs}/captions.txt --steps {n(6, 3)} --guidance 3 {n("--number 32768", "")} --out {pairs}/2rf --finish {models}/mini-sd --finish-at 0.3 --finish-guidance 3
         distill.py --model {models}/mini-2rf --pairs {pairs}/2rf --out {models}/mini-instaflow-l2 --iterations {n(6000, 4)} --lr 3e-4 {STUDENT} --exact --loss huber
         distill.py --model {models}/mini-instaflow-l2 --pairs {pairs}/2rf --out {models}/mini-instaflow {last}
         pairs.py --model {models}/mini-sd --prompts {pairs}/captions.txt --steps {n(10, 2)} --guidance {GUIDANCE} {n("--number 36454", "")} --out {pairs}/sd-more

@@ -75,6 +75,6 @@ def test_recipes_at_equal_cost(seed):
 def test_the_shipped_direct_student_cost_what_the_reflowed_one_did():
     lines = mini.pipeline("root")
     more = passes(lines, "root/models/mini-instaflow-l2") - passes(lines, "root/models/mini-direct-l2")
-    assert 0 <= more < 20                                  # less than one pair of the teacher's
+    assert -0.1 * passes(lines, "root/models/mini-instaflow-l2") < more < 0                # the reflowed one cost a little less
     lpips = [line.split(" --loss lpips ")[1] for line in lines if " --loss lpips " in line]
     assert len(lpips) == 2 and lpips[0] == lpips[1]
