@@ -220,7 +220,8 @@ class InstaFlow:
         if sampler in ("euler", "heun"):
             v = flows.guided(self.velocity, context, null, alpha)
             return SAMPLERS[sampler](lambda z, s: (1 - t) * v(z, t + (1 - t) * s), x, steps)         # s in [0, 1] runs over the times left
-        index = round(float(self.schedule.index(torch.tensor([t]))[0]))
+        a, b = self.schedule.scales()
+        index = int(np.abs(np.divide(a, np.add(a, b)) - t).argmin())        # the nearest timestep
         x = x / (t ** 2 + (1 - t) ** 2) ** 0.5             # from the line's scale to the diffusion's, as in velocity_from_eps
         return diffusion.dpm_solver(flows.guided(self.unet, context, null, alpha), x, min(steps, max(index, 1)), self.schedule, index)
 
