@@ -238,7 +238,7 @@ def lpips(models, l2=0.05):
 
 
 def pipeline(root, short=False):
-    """The command lines of the whole miniature, in order: the paper's stages, and beside them direct distillation at equal total cost:
+    """The command lines of the whole miniature, in order: the paper's stages, and beside them direct distillation at no less total cost:
     as many iterations as reflow and the first distillation have together, pairs from more U-Net passes (36454 x 20, not 10240 x 20 + 32768 x 12), and the same LPIPS."""
     n = (lambda full, little: little if short else full)
     root = shlex.quote(str(root))

@@ -220,8 +220,7 @@ def make(words):
         fast.graphed(each.unet)
     first = next(iter(sorted(Path(args.out).glob("shard-*.safetensors"))), None)             # a part tells as much as a shard
     old = json.loads(open_shard(first).metadata()["json"]) if first else {}
-    args.steps = args.steps or model.info["steps"]
-    args.guidance = model.info["guidance"] if args.guidance is None else args.guidance
+    args.steps, args.guidance = args.steps or model.info["steps"], model.info["guidance"] if args.guidance is None else args.guidance
     args.shard = args.shard or old.get("shard") or max(SHARD // (2 * int(np.prod(model.latent_shape()))) // PART, 1) * PART
     number = args.number or len(prompts)
     info = {"model": os.path.normpath(args.model), "weights": weights.checksum(hub.locate(args.model)), "sampler": model.info["sampler"], "steps": args.steps, "guidance": args.guidance, "number": number,
