@@ -35,6 +35,12 @@ def image_losses(student, target, model, distance, size):
     return distance(image(student), wanted)
 
 
+def start_times(n, steps, generator):
+    """Where on their lines n pairs start, float32 [n]: 0, 1/N, ..., (N-1)/N for N steps. Half of them 0 (if N > 1), where all of the path is
+    left and a mistake is largest: with all alike, two and four steps are as good, and one is worse (benchmarks/miniature.md)."""
+    return torch.from_numpy(generator.integers(min(0, 2 - steps), steps, size=n).clip(0) / steps).float()
+
+
 def main():
     parser = cli.Parser(__doc__)
     parser.add_argument("--model", required=True, help="initialisation: the model that made the pairs, or the L2 student")
@@ -45,7 +51,7 @@ def main():
     parser.add_argument("--linear", help="for lpips: the lpips package's weights of layers (default: all channels alike)")
     parser.add_argument("--lpips-size", type=cli.seed, default=224, help="pixels a side that LPIPS sees; 0 leaves images as they are")
     parser.add_argument("--l2", type=cli.number(0), default=0.0, help="for lpips: weight of an added L2 between latents, since LPIPS alone lets brightness drift; the paper: none")
-    parser.add_argument("--steps", type=cli.positive, default=1, help="N: learn to reach the end from every t = 0, 1/N, ... on the pair's line, so that up to N Euler steps help; the paper: 1, from t = 0 alone")
+    parser.add_argument("--steps", type=cli.positive, default=1, help="N: learn to reach the end from every t = 0, 1/N, ... on the pair's line, half the time from 0, so that up to N Euler steps help; the paper: 1, from t = 0 alone")
     parser.add_argument("--stacked", action="store_true", help="the student is two U-Nets in series (InstaFlow-1.7B); a stacked --model stays so")
     parser.add_argument("--exact", action="store_true", help="stay a noise predictor, read as the velocity that it equals, as train_reflow.py --exact")
     training.add_flags(parser)
@@ -80,7 +86,7 @@ def main():
     recipe = training.recipe(args) | {"pairs_made": data.info}
     for step, log, lr in training.steps(args, world, folder, unet, ema, optimizer, recipe, args.cosine, work):
         (noise, latent, prompts), losses = batch(step), []
-        times = world.share(torch.from_numpy(training.step_generator(args.seed, step).integers(args.steps, size=args.batch) / args.steps)).float()
+        times = world.share(start_times(args.batch, args.steps, training.step_generator(args.seed, step)))
         for part in training.parts(net, len(noise), args.accumulate):
             x0, x1, t = (y[part].to(world.device) for y in (noise, latent, times))
             x = flows.interpolate(x0, x1, t)               # x0 where t = 0

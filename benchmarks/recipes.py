@@ -14,9 +14,13 @@ All from the exact start, in regimes.py's budgets. At the paper's recipe's cost:
                 "perceived-alone" is LPIPS without the small L2 between latents, "perceived-0.01" and "-0.003" with less of it than 0.05;
                 "perceived-41" and "-167" are a quarter and all of the time
                 "finished" is early-huber's "perceived" from pairs whose ends its teacher drew (pairs.py --finish): from a few times, at two guidances
+                "few" is the last of those by distill.py --steps 4, measured in one, two and four steps
 and beyond it, at the same cost as each other:
   3rf           the 2-rectified flow reflowed on its own pairs, and then distilled from new ones
   longer        what that costs given to distillation: REFLOW + DISTIL iterations, on PAIRS + PAIRS pairs of the 2-rectified flow
+and so again where the teacher draws the ends of all those pairs, all that helped included:
+  3rf-finished  early-huber's flow reflowed on its own pairs, and then distilled ("perceived") from new ones
+  longer-finished
 """
 from pathlib import Path
 
@@ -32,19 +36,26 @@ _, GUIDANCE, LR, DIRECT, AFTER = REGIMES["exact"]
 PERCEIVED = DISTIL // 6                                    # iterations of LPIPS, each of which takes as long as three of L2: a picture needs the decoder twice and the judge
 SHARES = [DISTIL // 12, round(DISTIL / 3)]                 # others that were tried: 41, and 167, which is all of it
 L2S = [0.01, 0.003]                                        # other weights of that L2
-FINISHED = [(0.1075, 9, mini.GUIDANCE), (0.1075, 9, 3), (0.1643, 8, 3), (0.231, 8, 3)]               # the time from which the teacher draws, steps in all, and the teacher's guidance
+FINISHED = [(0.1075, 9, mini.GUIDANCE), (0.1075, 9, 3), (0.1643, 8, 3), (0.231, 8, 3), (0.3, 8, 3)]  # the time from which the teacher draws, steps in all, and the teacher's guidance
 WHAT |= {what: (what, 1) for what in ("perceived-alone", *(f"perceived-{n}" for n in SHARES + L2S), *("finished-{0}-{2}".format(*how) for how in FINISHED))}
+WHAT |= {f"few, {n} step{'s' * (n > 1)}": ("few", n) for n in (1, 2, 4)}
 
 
-def lpips(start, pairs, out, lr, seed, n=PERCEIVED, l2=0.05):
-    return train("distill.py", start, pairs, out, n, lr, seed, f"--exact --warmup 20 {mini.lpips('models', l2)}")
+def lpips(start, pairs, out, lr, seed, n=PERCEIVED, l2=0.05, steps=1):
+    return train("distill.py", start, pairs, out, n, lr, seed, f"--exact --warmup 20 --steps {steps} {mini.lpips('models', l2)}")
 
 
-def perceived(start, pairs, out, length, lr, seed, flags="", n=PERCEIVED):
+def perceived(start, pairs, out, length, lr, seed, flags="", n=PERCEIVED, steps=1):
     """Command lines of a distillation at the cost of `length` iterations of L2, whose last n are LPIPS."""
     if 3 * n > length:
         return [lpips(start, pairs, out, lr, seed, n)]
-    return [train("distill.py", start, pairs, f"{out}-l2", length - 3 * n, lr, seed, f"--exact {flags}"), lpips(f"{out}-l2", pairs, out, lr, seed, n)]
+    return [train("distill.py", start, pairs, f"{out}-l2", length - 3 * n, lr, seed, f"--exact --steps {steps} {flags}"),
+            lpips(f"{out}-l2", pairs, out, lr, seed, n, steps=steps)]
+
+
+def finished(root, flow, guidance, number, out, seed, t, steps, theirs):
+    """Pairs of `flow` whose ends the teacher draws from time t, at guidance `theirs`."""
+    return f"{generate(root, flow, steps, guidance, number, out, seed)} --finish models/mini-sd --finish-at {t} --finish-guidance {theirs}"
 
 
 def lines(root, seed):
@@ -69,10 +80,17 @@ def lines(root, seed):
              lpips(f"{paper}/perceived-l2", f"{paper}/pairs", f"{paper}/perceived-alone", AFTER, seed, l2=0),
              lpips(own("early-huber", "perceived-l2"), strong, own("early-huber", "perceived-alone"), AFTER, seed, l2=0)]
     made += [lpips(own("early-huber", "perceived-l2"), strong, own("early-huber", f"perceived-{l2}"), AFTER, seed, l2=l2) for l2 in L2S]
-    for t, steps, guidance in FINISHED:
-        pairs = own("early-huber", f"pairs-{t}-{guidance}")
-        made += [f"{generate(root, flow, steps, 3, PAIRS, pairs, seed)} --finish models/mini-sd --finish-at {t} --finish-guidance {guidance}",
-                 *perceived(flow, pairs, own("early-huber", f"finished-{t}-{guidance}"), DISTIL, AFTER, seed, "--loss huber")]
+    for how in FINISHED:
+        name = "{0}-{2}".format(*how)
+        pairs = own("early-huber", f"pairs-{name}")
+        made += [finished(root, flow, 3, PAIRS, pairs, seed, *how), *perceived(flow, pairs, own("early-huber", f"finished-{name}"), DISTIL, AFTER, seed, "--loss huber")]
+    third, longer = own("3rf-finished", "3rf"), own("longer-finished", "pairs")            # `pairs` and `how` are the last of FINISHED
+    made += [*perceived(flow, pairs, own("early-huber", "few"), DISTIL, AFTER, seed, "--loss huber", steps=4),
+             train("train_reflow.py", flow, pairs, third, REFLOW, LR, seed, f"--exact {FLAGS['early-huber']}"),
+             finished(root, third, mini.GUIDANCE, PAIRS, own("3rf-finished", "pairs"), seed, *how),
+             *perceived(third, own("3rf-finished", "pairs"), own("3rf-finished", "perceived"), DISTIL, AFTER, seed, "--loss huber"),
+             finished(root, flow, 3, 2 * PAIRS, longer, seed, *how),
+             *perceived(flow, longer, own("longer-finished", "perceived"), REFLOW + DISTIL, AFTER, seed, "--loss huber")]
     for n in SHARES:
         made += perceived(flow, strong, own("early-huber", f"perceived-{n}"), DISTIL, AFTER, seed, "--loss huber", n)
     return made + student("3rf", f"{paper}/2rf", f"{paper}/pairs", "", "3rf") + [
@@ -85,7 +103,7 @@ def main():
     for seed in args.seeds:
         for words in lines(args.root, seed):
             mini.run(words)
-    recipes, name = ["paper", *FLAGS, "direct-huber", "3rf", "longer"], "{}, seed {}, {}".format
+    recipes, name = ["paper", *FLAGS, "direct-huber", "3rf", "longer", "3rf-finished", "longer-finished"], "{}, seed {}, {}".format
     students = {name(recipe, seed, what): (path, steps) for recipe in recipes for seed in args.seeds for what, (model, steps) in WHAT.items()
                 for path in (Path(args.root) / f"{'exact' if recipe == 'paper' else recipe}-{seed}").glob(model)}
     rows = measured(args.out, students, args.n)

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 import flows
 import training
 from conftest import one_line, without_time
+from distill import start_times
 from instaflow import InstaFlow, timestep
 from lpips import LPIPS, random_vgg
 from pairs import PairDataset
@@ -165,6 +166,14 @@ def test_distillation_by_the_square_and_by_pseudo_huber(pipeline, command, monke
     assert wanted["huber"] < 0.9 * wanted["l2"]            # so that one is not the other
 
 
+@pytest.mark.parametrize("steps", (1, 2, 3, 4, 8))
+def test_half_the_starts_are_noise(steps):
+    """And the others' are as likely as each other; in one step all are. 24,000 draws: four binomial deviations are at most 0.013."""
+    times, counted = start_times(24_000, steps, np.random.default_rng(0)).unique(return_counts=True)
+    wanted = [1.0] if steps == 1 else [0.5] + (steps - 1) * [0.5 / (steps - 1)]
+    assert times.tolist() == pytest.approx([i / steps for i in range(steps)]) and (counted / 24_000).tolist() == pytest.approx(wanted, abs=0.013)
+
+
 def test_a_student_of_several_steps(pipeline, command, monkeypatch, tmp_path):
     """The first loss by hand, from the pair's line; then nearer to the end from each of the times."""
     shutil.copytree(pipeline, tmp_path / "p")
@@ -181,7 +190,7 @@ def test_a_student_of_several_steps(pipeline, command, monkeypatch, tmp_path):
             x = (1 - s) * x0[rows] + s * x1[rows]
             return (x + (1 - s) * model.unet(x, 1000 * (1 - t), text[rows]) - x1[rows]).square().mean().item()
     rows, line = training.batch_indices(0, 0, 4, 22), json.loads(Path("models/several/training/log.jsonl").read_text().splitlines()[0])
-    t = torch.tensor(training.step_generator(0, 0).integers(4, size=4) / 4, dtype=torch.float32)
+    t = torch.tensor(training.step_generator(0, 0).integers(-2, 4, size=4).clip(0) / 4, dtype=torch.float32)
     assert len(set(t.tolist())) > 1 and line["loss"] == pytest.approx(error(start, rows, t), rel=1e-4)
     for k in range(4):
         t = torch.full((22,), k / 4)

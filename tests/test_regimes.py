@@ -61,7 +61,9 @@ def test_recipes_at_equal_cost(seed):
     for n in recipes.SHARES:                               # to an iteration
         assert abs(passes(lines, own("early-huber", f"perceived-{n}")) - cost["exact"]) <= 3 * 32
     finished = [passes(lines, own("early-huber", f"finished-{t}-{guidance}")) - perceived[1] for t, _, guidance in recipes.FINISHED]
-    assert finished == [2 * recipes.PAIRS] * 2 + [0] * 2   # a step more, of two passes
+    assert finished == [2 * recipes.PAIRS] * 2 + [0] * 3   # a step more, of two passes
+    assert passes(lines, own("early-huber", "few")) == perceived[1]
+    assert passes(lines, own("3rf-finished", "perceived")) == passes(lines, own("longer-finished", "perceived")) == cost["3rf"]
     parsed = {flag(words, "--out"): words for words in map(shlex.split, lines)}
     assert len(parsed) == len(lines)                       # nothing is written twice
     paper = parsed[own("exact", "2rf")]
