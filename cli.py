@@ -15,6 +15,8 @@ from tqdm import tqdm
 
 KEYS = ("prompt", "caption", "text", "TEXT")               # where a JSON line may hold its prompt; LAION's own is TEXT
 
+PREDICTIONS, PREDICTION = ("velocity", "epsilon"), "what --model's U-Net predicts, for a folder or file that does not say so; Stable Diffusion's: epsilon (noise)"
+
 
 class UserError(ValueError):
     """Something the user can mend. The message is one line that names the file or flag, and the mend."""
@@ -108,7 +110,7 @@ def run(main):
     except OSError as error:
         if error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise                                          # not about a user's file: a bug, so show the traceback
-        mend = "free some space and run the same line again: it resumes where it stopped" if error.errno == errno.ENOSPC else "check the path and its permissions"
+        mend = "free some space and run the same line again" if error.errno == errno.ENOSPC else "check the path and its permissions"
         fail(f"{error.filename or 'disk'}: {error.strerror}; {mend}")
     except (RuntimeError, MemoryError) as error:
         if "gloo" in str(error).lower() or type(error).__name__ in ("DistBackendError", "DistNetworkError"):

@@ -1,10 +1,8 @@
 """CLIP score (Hessel et al. 2021, without its factor 2.5): the cosine between CLIP's embeddings of a picture and of its caption."""
-import pickle
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 
 from cli import UserError
 
@@ -23,7 +21,7 @@ class Clip:
             raise UserError(f"--clip-model {name}: open_clip has no such model; name one of open_clip.list_models(), as in ViT-g-14")
         try:                                               # a full path, so that open_clip does not take it for a tag to download
             model, _, self.prepare = open_clip.create_model_and_transforms(name, pretrained=str(Path(file).resolve()), device=device)
-        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, EOFError, OSError, SafetensorError, pickle.UnpicklingError) as error:
+        except Exception as error:                         # a damaged pickle raises whatever it likes
             raise UserError(f"--clip {file} does not hold the weights of {name} ({' '.join(str(error).split())[:120]}); fetch them again, or give --clip-model") from None
         self.model, self.tokenize, self.prefix, self.device = model.eval(), open_clip.get_tokenizer(name), prefix, device
 

@@ -58,14 +58,14 @@ def main():
     args = parser.parse_args()
     if args.loss == "lpips" and not args.vgg:
         raise UserError("--loss lpips needs --vgg, the file of VGG16's weights")
-    if args.l2 and args.loss != "lpips":
-        raise UserError(f"--l2 {args.l2:g} is added to LPIPS; give --loss lpips, or leave it out: --loss l2 is L2 alone")
+    if args.loss != "lpips" and (args.l2 or args.vgg or args.linear or args.lpips_size != 224):
+        raise UserError(f"--vgg, --linear, --lpips-size and --l2 are of --loss lpips; give that, or leave them out: --loss {args.loss} compares latents alone")
     if 0 < args.lpips_size < 16:
         raise UserError(f"--lpips-size {args.lpips_size} is too small for VGG16, which halves a picture four times; give at least 16")
 
     cli.another(args.out, args.model)
     world = training.start(args.device, hours=1)
-    data, model = PairDataset(args.pairs), InstaFlow.load(args.model, world.device)
+    data, model = PairDataset(args.pairs), InstaFlow.load(args.model, world.device, prediction=args.prediction)
     data.check(model, args.model, seen=bool(model.info.get("trained_steps")))
     distance = LPIPS(args.vgg, args.linear).to(world.device) if args.loss == "lpips" else None
     stack = args.stacked and not model.unet.config.stacked

@@ -264,7 +264,7 @@ def arguments():
     add("--clip-model", default="ViT-g-14", help="open_clip's name of the network in that file (default: %(default)s)")
     add("--clip-prefix", default="", help='before each caption, as in "A photo depicts " (default: none)')
     add("--model", help="a model folder, which draws a picture a caption")
-    add("--prediction", choices=("velocity", "epsilon"), help="what the U-Net predicts, for a folder that does not say so")
+    add("--prediction", choices=cli.PREDICTIONS, help=cli.PREDICTION)
     add("--steps", type=cli.positive, help="of the sampler (default: the model's own)")
     add("--guidance", type=cli.number(), help="default: the model's own; 1 is none")
     add("--seed", type=cli.seed, default=0, help="of the noise")

@@ -83,9 +83,9 @@ class InstaFlow:
         local = hub.locate(path, dtype)
         info, where = told(local)
         if prediction and info.setdefault("prediction", prediction) != prediction:
-            raise UserError(f"{where} says that the U-Net predicts {info['prediction']}, not {prediction}; leave out the prediction")
+            raise UserError(f"{where} says that the U-Net predicts {info['prediction']}, not {prediction}; leave out --prediction, or name another model")
         if "prediction" not in info:
-            raise UserError(f"{path} does not say what its U-Net predicts (no instaflow.json, and no model_index.json of a class known here); say prediction velocity or epsilon")
+            raise UserError(f"{path} does not say what its U-Net predicts (no instaflow.json, and no model_index.json of a class known here); give --prediction velocity or epsilon (noise; Stable Diffusion's)")
         base, on_disk = local / info["base"] if isinstance(info.get("base"), str) else local, dtype
         if torch.device(device).type == "cuda":
             on_disk = None                                 # as the file has it: the GPU converts
@@ -206,6 +206,8 @@ class InstaFlow:
     def solve_from(self, start, x0, latents, context, null, steps=None, guidance=None):
         """Image to image: from a point within the flow, (1 - start) noise + start latents, on to its end -> latents [B, 4, h, w].
         start in [0, 1] is the flow time: 0 forgets the picture, 1 keeps it. As many of `steps` as fall between start and 1."""
+        if not 0 <= start <= 1:
+            raise ValueError(f"start is {start}; it must be a flow time, from 0 to 1")
         x = flows.interpolate(x0, latents, torch.full((len(x0),), start, device=x0.device))
         return self.finish(x, start, context, null, max(1, round((1 - start) * (self.info["steps"] if steps is None else steps))), guidance)
 
@@ -258,10 +260,10 @@ class InstaFlow:
         return self._read[1]
 
     def check_steps(self, steps):
-        """Warn on stderr where a student is asked for more steps than it was trained for: its pictures break."""
-        most = max(self.info.get("trained_steps", []), default=0)
-        if steps is not None and most and steps > most:
-            print(f"warning: this model was distilled for {most} step{'s' * (most > 1)}; with {steps} its pictures may get worse, not better", file=sys.stderr)
+        """Warn on stderr where a student is asked for other numbers of steps than it was trained for: its pictures may break."""
+        trained = self.info.get("trained_steps", [])
+        if steps is not None and trained and steps not in trained:
+            print(f"warning: this model was distilled for {', '.join(map(str, trained))} step{'s' * (trained != [1])}; with {steps} its pictures may get worse, not better", file=sys.stderr)
 
     @torch.no_grad()
     def encode(self, images):
@@ -296,9 +298,16 @@ def to_predict(model, exact, path):
     return "epsilon" if exact else "velocity"
 
 
+def finite(images):
+    """The images, if all their values are numbers: others would be drawn black, and FID would measure that. Raises UserError."""
+    if not images.isfinite().all():
+        raise UserError("the pictures came out as no numbers; give a guidance nearer to 1, another --dtype, or other weights: these may be damaged, or their training diverged")
+    return images
+
+
 def to_pil(images):
-    """[B, 3, H, W] in [-1, 1] -> list of PIL images."""
-    pixels = ((images.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    """[B, 3, H, W] in [-1, 1] -> list of PIL images. Raises UserError as `finite` does."""
+    pixels = ((finite(images).float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
     return [Image.fromarray(np.ascontiguousarray(p)) for p in pixels]
 
 
@@ -326,7 +335,7 @@ def told(path):
     model_index.json's class name says what the U-Net predicts. Raises UserError."""
     if path.is_file():
         return weights.facts(path).get("info", {}), path
-    if not path.is_dir():
+    if not (path / "unet").is_dir():
         raise UserError(f"{path}: no such model folder; a model is a folder with unet/, vae/, text_encoder/ and instaflow.json, a .safetensors or .ckpt file, or a hub name")
     if (path / "instaflow.json").exists():
         return weights.read_json(path / "instaflow.json"), path / "instaflow.json"

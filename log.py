@@ -60,7 +60,7 @@ class Log:
                 self.skipped += 1
                 if sum(self.skips) > SKIPS:
                     raise cli.UserError(f"{sum(self.skips)} of the last {len(self.skips)} steps had a gradient that was not finite or larger than --explode, and were skipped; "
-                                        "give a lower --lr (and look at the pairs with `pairs.py verify`): the last checkpoint is from before")
+                                        "start anew, in another --out, with a lower --lr (and look at the pairs with `pairs.py verify`); the checkpoints here are from before")
         self.last |= values
 
     def write(self, step, world):

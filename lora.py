@@ -64,7 +64,10 @@ def _layer_name(key):
 
 
 def _header(path):
-    """diffusers' `lora_adapter_metadata`: peft's settings, by "unet." and "text_encoder."; {} where there are none."""
+    """peft's settings, by "unet." and "text_encoder." or, where one network has them all, without: those of diffusers' `lora_adapter_metadata`,
+    or of the adapter_config.json that peft writes beside its file; {} where there are none."""
+    if path.name.startswith("adapter_model.") and (path.parent / "adapter_config.json").exists():
+        return weights.read_json(path.parent / "adapter_config.json")
     if path.suffix in weights.PICKLES:
         return {}
     with safe_open(path, "pt") as file:
@@ -80,10 +83,10 @@ def _strength(header, path, rank, alpha):
     if alpha is not None:
         return alpha / rank
     part, _, layer = path.partition(".")
-    alpha = header.get(f"{part}.lora_alpha", rank)
-    patterns = header.get(f"{part}.alpha_pattern") or {}
+    said = lambda key, default=None: header.get(f"{part}.{key}", header.get(key, default))
+    alpha, patterns = said("lora_alpha", rank), said("alpha_pattern") or {}
     alpha = next((value for pattern, value in patterns.items() if re.fullmatch(rf"(.*\.)?({pattern})", layer)), alpha)     # peft's rule
-    return float(alpha) / (rank ** 0.5 if header.get(f"{part}.use_rslora") else rank)
+    return float(alpha) / (rank ** 0.5 if said("use_rslora") else rank)
 
 
 @torch.no_grad()

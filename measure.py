@@ -20,7 +20,7 @@ import scenes
 import training
 import weights
 from checkpoint import crc
-from instaflow import InstaFlow, to_pil
+from instaflow import InstaFlow, finite, to_pil
 from judge import Judge, exact_match
 
 SEED = 2                                                   # of the evaluation's scenes; training drew from 0, pairs from 1
@@ -62,7 +62,7 @@ def latents(model, captions, seed, steps=None, guidance=None, sampler=None, desc
 
 def pictures(model, latents):
     """Latents [n, 4, h, w] -> images [n, 3, H, W], on the CPU."""
-    return torch.cat([model.decode(batch).cpu() for batch in latents.split(BATCH)])
+    return torch.cat([finite(model.decode(batch)).cpu() for batch in latents.split(BATCH)])
 
 
 def reconstruct(model, images):

@@ -58,8 +58,7 @@ def part_path(folder, number, part, parts):
 def plan(number, shard):
     """How the work is divided, by index alone -> for each shard, the range of pairs of each of its parts."""
     for start in range(0, number, shard):
-        end = min(start + shard, number)
-        yield [range(i, min(i + PART, end)) for i in range(start, end, PART)]
+        yield [range(i, min(i + PART, start + shard, number)) for i in range(start, min(start + shard, number), PART)]
 
 
 def open_shard(path):
@@ -86,7 +85,7 @@ def generate(model, solve, prompts, indices, args, made):
             x1 = solve(noise.to(model.device), text[:-1], text[-1:], args.steps, args.guidance)
         latents.append(x1.half().cpu())
         if not latents[-1].isfinite().all():
-            raise UserError(f"of the pairs {batch.start} to {batch.stop - 1} some latents are no finite numbers; give a guidance nearer to 1 than {args.guidance:g}")
+            raise UserError(f"of the pairs {batch.start} to {batch.stop - 1} some latents are no finite numbers; give guidances nearer to 1 than {args.guidance:g}, or other weights: these may be damaged")
         made(len(batch))
     words = [prompts[i % len(prompts)].encode() for i in indices]
     return {"latent": torch.cat(latents), "seed": torch.full((len(indices),), args.seed), "index": torch.tensor(list(indices)),
@@ -195,7 +194,8 @@ def make(words):
     parser.add_argument("--number", type=cli.positive, help="pairs in all (default: one a prompt; beyond that the prompts repeat)")
     parser.add_argument("--steps", type=cli.positive, help="of the sampler (the paper: 25; default: the model's own)")
     parser.add_argument("--guidance", type=cli.number(), help="the paper: 5.0 on Stable Diffusion's noise, 1.5 on the 2-rectified flow's velocity")
-    parser.add_argument("--finish", help="a noise predictor, the teacher of --model: it draws the paths' ends, all but the first two steps (not the paper's)")
+    parser.add_argument("--prediction", choices=cli.PREDICTIONS, help=cli.PREDICTION)
+    parser.add_argument("--finish", type=cli.folder, help="a noise predictor, the teacher of --model: it draws the paths' ends, all but the first two steps (not the paper's)")
     parser.add_argument("--finish-at", type=cli.number(), help="the flow time, between 0 and 1, from which it does")
     parser.add_argument("--finish-guidance", type=cli.number(), help="its guidance (default: its own)")
     parser.add_argument("--seed", type=cli.seed, default=0, help="of the noise, in stream 1")
@@ -212,22 +212,21 @@ def make(words):
     if args.graphs and world.device.type != "cuda":
         raise UserError("--graphs is for a GPU; leave it out")
     prompts = cli.Prompts(args.prompts)
-    model = InstaFlow.load(args.model, world.device)
-    teacher = InstaFlow.load(args.finish, world.device) if args.finish else None
-    if teacher and (teacher.info["prediction"] != "epsilon" or not all(weights.same(getattr(teacher, part), getattr(model, part)) for part in ("vae", "text"))):
-        raise UserError(f"--finish {args.finish} is no noise predictor with the VAE and text tower of --model {args.model}; give the teacher of that model")
+    model = InstaFlow.load(args.model, world.device, prediction=args.prediction)
+    teacher = InstaFlow.load(args.finish, world.device, prediction="epsilon") if args.finish else None
+    if teacher and ("trained_steps" in teacher.info or [weights.same(getattr(teacher, part), getattr(model, part)) for part in ("unet", "vae", "text")] != [False, True, True]):
+        raise UserError(f"--finish {args.finish} is no teacher of --model {args.model}: that has the same VAE and text tower, another U-Net, and is no one-step student")
     for each in filter(None, (model, teacher) if args.graphs else ()):
         fast.graphed(each.unet)
     first = next(iter(sorted(Path(args.out).glob("shard-*.safetensors"))), None)             # a part tells as much as a shard
     old = json.loads(open_shard(first).metadata()["json"]) if first else {}
-    args.steps, args.guidance = args.steps or model.info["steps"], model.info["guidance"] if args.guidance is None else args.guidance
+    number, args.steps, args.guidance = args.number or len(prompts), args.steps or model.info["steps"], model.info["guidance"] if args.guidance is None else args.guidance
     args.shard = args.shard or old.get("shard") or max(SHARD // (2 * int(np.prod(model.latent_shape()))) // PART, 1) * PART
-    number = args.number or len(prompts)
     info = {"model": os.path.normpath(args.model), "weights": weights.checksum(hub.locate(args.model)), "sampler": model.info["sampler"], "steps": args.steps, "guidance": args.guidance, "number": number,
             "shard": args.shard, "seed": args.seed, "prompts": prompts.crc}
     if teacher:
         strength = teacher.info["guidance"] if args.finish_guidance is None else args.finish_guidance
-        info["finish"] = {"model": os.path.normpath(args.finish), "weights": weights.checksum(hub.locate(args.finish)), "sampler": teacher.info["sampler"], "at": args.finish_at, "guidance": strength}
+        info["finish"] = {"model": os.path.normpath(args.finish), "weights": weights.checksum(hub.locate(args.finish)), "sampler": teacher.info["sampler"].replace("ddim", "dpm"), "at": args.finish_at, "guidance": strength}
     solve = (lambda *path: model.solve_with(teacher, args.finish_at, strength, *path)) if teacher else model.solve
     if first and old != info:
         changed = [k for k in old | info if old.get(k) != info.get(k)]
@@ -324,12 +323,13 @@ def preview(words):
     parser.add_argument("--out", default="preview.png", help="a .png file")
     parser.add_argument("--number", type=cli.positive, default=8, help="pictures")
     parser.add_argument("--model", help="whose decoder (default: the model that made the pairs)")
+    parser.add_argument("--prediction", choices=cli.PREDICTIONS, help=cli.PREDICTION)
     parser.add_argument("--device", type=cli.device, help="default: the GPU where there is one")
     args = parser.parse_args(words)
     if Path(args.out).suffix != ".png":
         raise UserError(f"--out {args.out} is no .png file; give it that ending")
     data = PairDataset(args.pairs)
-    model = InstaFlow.load(args.model or data.info["model"], training.start(args.device).device)
+    model = InstaFlow.load(args.model or data.info["model"], training.start(args.device).device, prediction=args.prediction)
     data.check(model)
     rows = np.linspace(0, len(data) - 1, min(args.number, len(data))).round().astype(int)
     _, latents, prompts = data.batch(rows)

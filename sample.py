@@ -117,8 +117,6 @@ def pictures(model, prompts, args, steps=None, first=None, clock=None):
     with at_work(decoder, args):
         for batch in latents:
             images = clock("decoder", model.decode, batch, tile)[:left]
-            if not images.isfinite().all():
-                raise UserError(f"the pictures came out as no numbers; give a guidance nearer to 1 than {guidance:g}, or another --dtype")
             left -= len(images)
             yield from to_pil(images)
 
@@ -214,11 +212,11 @@ def arguments():
     add("--guidance", type=cli.number(), help="strength of the prompt (default: the model's own; 1 is none)")
     add("--negative", default="", help="the prompt that guidance leads away from")
     add("--model", help="a model folder, a single .safetensors or .ckpt file of Stable Diffusion 1.x's, or a hub name (default: the shipped miniature)")
-    add("--prediction", choices=("velocity", "epsilon"), help="what the U-Net predicts, for a folder or file that does not say so; Stable Diffusion's: epsilon (noise)")
+    add("--prediction", choices=cli.PREDICTIONS, help=cli.PREDICTION)
     add("--random-weights", choices=("sd15", "stacked"), help="no model at all: random weights of that size, to see whether it runs. Pictures are noise")
     add("--lora", type=lora_and_scale, action="append", default=[], metavar="FILE[:SCALE]", help="a LoRA to merge in; may be given several times")
     add("--image", type=Path, metavar="FILE", help="start from this picture, partway along the flow, not from noise")
-    add("--strength", type=cli.number(0, 1), default=0.6, help="with --image: share of the path that is drawn anew; 1 forgets the picture")
+    add("--strength", type=cli.number(0, 1), help="with --image: share of the path that is drawn anew; 1 forgets the picture (default: 0.6)")
     add("--device", type=cli.device, default="cuda" if torch.cuda.is_available() else "cpu")
     add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     add("--height", type=cli.positive, help="in pixels (default: what the model was trained on)")
@@ -230,7 +228,7 @@ def arguments():
     add("--low-memory", action="store_true", help="text tower, U-Net and decoder are loaded one after the other, and freed; the picture is the same (on a CPU a single batch is drawn so anyway, without --lora and --compile)")
     add("--out", type=Path, default=Path("out.png"))
     add("--interpolate", type=cli.seed, nargs=2, metavar="SEED", help="a strip of --frames pictures between two seeds' noises")
-    add("--frames", type=cli.positive, default=8)
+    add("--frames", type=cli.positive, help="with --interpolate (default: 8)")
     add("--compare", nargs="?", const=",".join(COMPARISON), metavar="MODEL:STEPS,...", help="one row a model and number of steps, from the same noise (default: the shipped ones)")
     args = parser.parse_intermixed_args()
     if args.compare and (HERE / args.compare).is_dir():
@@ -240,6 +238,11 @@ def arguments():
     args.prompt += cli.Prompts(args.prompts) if args.prompts else []
     if not [p for p in args.prompt if p.strip()]:
         parser.error('no prompt; say what to draw, as in: sample.py "a red circle left of a blue square"')
+    for flag, usual, of in (("strength", 0.6, "image"), ("frames", 8, "interpolate")):
+        if getattr(args, flag) is None:
+            setattr(args, flag, usual)
+        elif not getattr(args, of):
+            parser.error(f"--{flag} is of --{of}; give that too, or leave it out")
     if args.compare and args.interpolate:
         parser.error("--compare and --interpolate are two different pictures; ask for one of them")
     if args.compare and (args.model is not None or args.steps):

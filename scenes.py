@@ -305,7 +305,8 @@ def main():
     for path in filter(None, (args.captions and args.out, args.grid)):
         path.parent.mkdir(parents=True, exist_ok=True)
     if args.captions:
-        args.out.write_text("".join(f"{line}\n" for line in captions(args.seed, args.start, args.captions, args.split)))
+        from checkpoint import write                       # here: it imports torch. A file that a full disk cut would be one of fewer captions
+        write(args.out, "".join(f"{line}\n" for line in captions(args.seed, args.start, args.captions, args.split)).encode())
     if args.pictures:
         args.out.mkdir(parents=True, exist_ok=True)
         for i in range(args.pictures):

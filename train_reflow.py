@@ -33,7 +33,7 @@ def main():
 
     cli.another(args.out, args.model)
     world = training.start(args.device, hours=1)
-    data, model = PairDataset(args.pairs), InstaFlow.load(args.model, world.device)
+    data, model = PairDataset(args.pairs), InstaFlow.load(args.model, world.device, prediction=args.prediction)
     data.check(model, args.model)
     unet = model.unet.requires_grad_(True)
     ema, optimizer, net = training.prepare(unet, args, world)

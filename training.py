@@ -221,6 +221,7 @@ def add_flags(parser):
     add("--compile", action="store_true", help="torch.compile: minutes at the start, faster steps on a GPU")
     add("--graphs", action="store_true", help="replay CUDA graphs: for networks so small that launching kernels takes longer than running them")
     add("--device", type=cli.device, help="default: the GPU where there is one")
+    add("--prediction", choices=cli.PREDICTIONS, help=cli.PREDICTION)
 
 
 def recipe(args):
@@ -306,7 +307,10 @@ def steps(settings, world, folder, model, ema, optimizer, recipe, cosine=False, 
             last, (stop,) = step + 1 == settings.iterations, largest([bool(received)])
             if last or stop or (step + 1) % settings.log_every == 0:
                 bar.set_postfix({k: v for k, v in log.write(step + 1, world).items() if k in ("loss", "samples_per_second")}, refresh=False)
-            if (last or stop or (step + 1) % settings.save_every == 0) and world.rank == 0:
+            due = last or stop or (step + 1) % settings.save_every == 0 and not (log.skips and log.skips[-1])              # while steps are skipped the checkpoints before are the better ones
+            if due and not torch.stack(torch._foreach_norm(list(ema.parameters()))).isfinite().all():
+                raise cli.UserError(f"the training diverged: at iteration {step + 1} the weights are no finite numbers, and are not saved; start anew, in another --out, with a lower --lr")
+            if due and world.rank == 0:
                 save_checkpoint(folder, step + 1, pack(model, ema, optimizer), {"recipe": recipe})
                 log.plot(name)
             if stop and not last:

@@ -97,7 +97,7 @@ def _one_line(path):
     except (FileNotFoundError, PermissionError) as error:  # safetensors has the first for both
         if isinstance(error, PermissionError) or os.path.exists(path):       # (Path.exists raises where a folder may not be entered)
             raise UserError(f"{path} may not be read; change its permissions") from None
-        raise UserError(f"{path} is missing; download or train the model again") from None
+        raise UserError(f"{path} is missing; check its name, or download (or train) it again") from None
     except Exception as error:                             # a damaged pickle raises whatever it likes
         reason = re.sub(r"^Weights only load failed.*(WeightsUnpickler error:|trusted source\.) ", "", " ".join(str(error).split()))      # torch's advice is to run the code
         start = path.read_bytes()[:100] if path.is_file() and path.stat().st_size < 1000 else b""

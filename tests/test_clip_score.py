@@ -78,7 +78,8 @@ def test_mistakes_are_named(weights, folder, command, tmp_path):
         Clip(weights, "ViT-Z-99")
     torch.save({"state_dict": {"visual.proj": torch.zeros(3, 3)}}, tmp_path / "other.bin")
     (tmp_path / "cut.bin").write_bytes(weights.read_bytes()[:1000])
-    for name in ("other.bin", "cut.bin"):
+    (tmp_path / "text.bin").write_text("a red circle\na blue square\n")
+    for name in ("other.bin", "cut.bin", "text.bin"):
         with pytest.raises(UserError, match=f"{name} does not hold the weights of {NAME}"):
             Clip(tmp_path / name, NAME)
     (tmp_path / "captions.txt").write_text("one\ntwo\n")

@@ -17,6 +17,7 @@ from PIL import Image
 
 import fid
 import training
+from cli import UserError
 from conftest import one_line, paint
 from judge import Judge
 
@@ -249,6 +250,20 @@ def line(world):
 def draw(world, line, tiny, tmp_path, command, plain_convolutions):
     """fid.py with a model, keeping pictures in `drawn`; later flags win."""
     return lambda *words: command("fid.py", "--model", tiny / "flow", "--captions", world / "captions.txt", "--size", 64, *line, "--float32", "--out", tmp_path / "drawn", world / "real", *words)
+
+
+@pytest.mark.parametrize("part", ["unet", "vae"])
+def test_pictures_of_damaged_weights_are_not_measured(draw, tiny, tmp_path, part):
+    """Not a number anywhere would be drawn black, and have an FID."""
+    from instaflow import InstaFlow
+    model = InstaFlow.load(tiny / "flow")
+    with torch.no_grad():
+        getattr(model, part).get_submodule("conv_in" if part == "unet" else "decoder.conv_in").weight[0, 0, 0, 0] = float("nan")
+    model.save(tmp_path / "damaged", self_contained=True)
+    status, out, err = draw("--model", tmp_path / "damaged")
+    assert status == 2 and "came out as no numbers" in err and "Traceback" not in err and "FID" not in out
+    with pytest.raises(UserError, match="other weights"):
+        model.generate(["a"])
 
 
 def test_a_model_its_folder_and_its_file_give_one_figure(draw, world, line, command, tmp_path, tiny):

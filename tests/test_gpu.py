@@ -142,7 +142,7 @@ def test_a_training_step_stays_on_the_gpu_and_never_waits(fake, monkeypatch, com
         with torch.device("cuda"):
             return StackedUNet(dataclasses.replace(unet.config, stacked=True))
     monkeypatch.setattr(script, "PairDataset", Pairs)
-    monkeypatch.setattr(script.InstaFlow, "load", lambda *args: flow)
+    monkeypatch.setattr(script.InstaFlow, "load", lambda *args, **named: flow)
     monkeypatch.setattr(script.InstaFlow, "save", lambda *args, **settings: None)
     monkeypatch.setattr(script.InstaFlow, "operations", lambda self: {"unet": 1, "decoder": 1})
     monkeypatch.setattr(distill, "LPIPS", Perceptual)

@@ -154,7 +154,10 @@ def test_kohyas_file_in_diffusers_with_peft(peers, model, pipe, tmp_path):
         assert relative_error(after, before) > 0.01        # it does something
 
 
-@pytest.mark.parametrize("settings", [dict(r=4, lora_alpha=8), dict(r=4, lora_alpha=6, use_rslora=True), dict(r=2, lora_alpha=3, alpha_pattern={"attn1.to_q": 7, "conv1": 5})], ids=str)
+SETTINGS = [dict(r=4, lora_alpha=8), dict(r=4, lora_alpha=6, use_rslora=True), dict(r=2, lora_alpha=3, alpha_pattern={"attn1.to_q": 7, "conv1": 5})]
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
 def test_diffusers_own_file(peers, model, pipe, tmp_path, settings):
     """Made by peft, written by diffusers with its header, read by both."""
     from diffusers import StableDiffusionPipeline
@@ -173,6 +176,24 @@ def test_diffusers_own_file(peers, model, pipe, tmp_path, settings):
                     p.copy_(0.2 * torch.randn_like(p))
     StableDiffusionPipeline.save_lora_weights(tmp_path, get_peft_model_state_dict(pipe.unet), convert_state_dict_to_diffusers(get_peft_model_state_dict(pipe.text_encoder)),
                                               **_collate_lora_metadata({"unet": pipe.unet, "text_encoder": pipe.text_encoder}))
+    file, = tmp_path.glob("*.safetensors")
+    lora.load_lora(model, file)
+    assert_peers_agree(model, pipe)
+
+
+@pytest.mark.parametrize("by", ["diffusers", "peft"])
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_a_file_of_the_u_net_alone(peers, model, pipe, tmp_path, settings, by):
+    """Its alpha stands in the header without "unet.", or in the adapter_config.json beside it; against the live model, since diffusers itself forgets it."""
+    from peft import LoraConfig, get_peft_model
+    config = LoraConfig(target_modules=["to_q", "to_out.0", "conv1", "proj_in", "ff.net.2"], init_lora_weights="gaussian", **settings)
+    saved = pipe.unet.add_adapter(config) or pipe.unet if by == "diffusers" else get_peft_model(pipe.unet, config)
+    torch.manual_seed(2)
+    with torch.no_grad():
+        for name, p in saved.named_parameters():
+            if "lora_" in name:
+                p.copy_(0.2 * torch.randn_like(p))
+    saved.save_lora_adapter(tmp_path) if by == "diffusers" else saved.save_pretrained(tmp_path)
     file, = tmp_path.glob("*.safetensors")
     lora.load_lora(model, file)
     assert_peers_agree(model, pipe)

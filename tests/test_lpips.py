@@ -249,6 +249,15 @@ def test_a_cut_trunk_and_a_folder_are_one_line(narrow, tmp_path, name):
         assert str(path) in str(error.value) and "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("text", ["", "a red circle\na blue square\n", "<html>not found</html>"])
+def test_a_text_is_no_trunk(tmp_path, text):
+    """Whatever torch's reader of pickles makes of it."""
+    (tmp_path / "w.pth").write_text(text)
+    with pytest.raises(UserError, match="w.pth is no whole file of tensors .*fetch it again") as error:
+        ours.LPIPS(tmp_path / "w.pth")
+    assert "\n" not in str(error.value) and "weights_only" not in str(error.value)
+
+
 def test_layer_weights_of_another_trunk_are_one_line(narrow, peer):
     with pytest.raises(UserError, match=r"vgg\.pth: lin0\.model\.1\.weight is missing or not \[1, 4, 1, 1\]") as error:
         ours.LPIPS(narrow, peer[1])

@@ -143,8 +143,10 @@ def test_l2_beside_lpips(pipeline, command, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path / "p")
     words = [*STAGES["lpips"][1], "--iterations", "1", "--float32"]
     losses = []
-    for more in (["--l2", "2"], [], ["--loss", "l2"]):
-        assert command("distill.py", *words, *more, "--out", f"models/{len(losses)}")[0] == 0
+    at = words.index("--loss")                             # --loss lpips --vgg FILE --lpips-size 24
+    alone = [*words[:at], *words[at + 6:], "--loss", "l2"]
+    for line in ([*words, "--l2", "2"], words, alone):
+        assert command("distill.py", *line, "--out", f"models/{len(losses)}")[0] == 0
         losses.append(json.loads(Path(f"models/{len(losses)}/training/log.jsonl").read_text())["loss"])
     assert losses[0] == pytest.approx(losses[1] + 2 * losses[2], rel=1e-5) and losses[2] > 0.1 * losses[1]
     assert one_line(command("distill.py", *words, "--l2", "1", "--out", "models/1"), "other settings (l2)")
@@ -164,6 +166,36 @@ def test_distillation_by_the_square_and_by_pseudo_huber(pipeline, command, monke
         assert command("distill.py", *STAGES["distill"][1], "--iterations", "1", "--float32", "--loss", loss, "--out", f"models/{loss}-1")[0] == 0
         assert json.loads(Path(f"models/{loss}-1/training/log.jsonl").read_text())["loss"] == pytest.approx(value, rel=1e-4)
     assert wanted["huber"] < 0.9 * wanted["l2"]            # so that one is not the other
+
+
+def test_a_training_that_diverges_is_not_saved(pipeline, command, monkeypatch, tmp_path):
+    """Neither its weights, nor a checkpoint while its steps are skipped in place of those before."""
+    shutil.copytree(pipeline, tmp_path / "p")
+    monkeypatch.chdir(tmp_path / "p")
+    words = ["--model", "models/teacher", "--pairs", "pairs/first", "--iterations", "6", "--save-every", "2", "--sample-every", "99", *TRAINING]
+    status, _, err = command("train_reflow.py", *words, "--out", "models/lost", "--lr", "1e30")
+    assert status == 2 and "the training diverged: at iteration" in err and "lower --lr" in err and not list(Path("models/lost").rglob("*.safetensors"))
+    step = training.optimiser_step
+    monkeypatch.setattr(training, "optimiser_step", lambda *of: step(*of) if optimised.append(1) or len(optimised) < 3 else float("inf"))
+    optimised = []
+    assert command("train_reflow.py", *words, "--out", "models/skipping", "--lr", "1e-4")[0] == 0
+    assert sorted(path.name for path in Path("models/skipping/training").glob("*.safetensors")) == ["step-00000002.safetensors", "step-00000006.safetensors"]
+
+
+def test_a_single_file_is_a_teacher_too(tiny, command, tmp_path):
+    """It does not say what its U-Net predicts, so every stage that takes it can be told."""
+    InstaFlow.load(tiny / "teacher").save(tmp_path / "file", self_contained=True)
+    (tmp_path / "file" / "instaflow.json").unlink()
+    (tmp_path / "prompts.txt").write_text("a\nb\n")
+    model, pairs, short = ["--model", tmp_path / "file"], ["--pairs", tmp_path / "pairs"], ["--iterations", "1", "--batch", "2", "--device", "cpu"]
+    lines = {"pairs.py": [*model, "--prompts", tmp_path / "prompts.txt", "--steps", "2", "--guidance", "2", "--out", tmp_path / "pairs", "--device", "cpu"],
+             "train_reflow.py": [*model, *pairs, "--out", tmp_path / "2rf", *short], "distill.py": [*model, *pairs, "--out", tmp_path / "student", *short]}
+    for script, words in lines.items():
+        assert one_line(command(script, *words), "file", "give --prediction")
+        assert command(script, *words, "--prediction", "epsilon")[0] == 0
+    for name in ("2rf", "student"):
+        assert InstaFlow.load(tmp_path / name).info["prediction"] == "velocity"
+    assert command("pairs.py", "preview", *pairs, "--prediction", "epsilon", "--out", tmp_path / "preview.png")[0] == 0
 
 
 @pytest.mark.parametrize("steps", (1, 2, 3, 4, 8))
@@ -326,7 +358,7 @@ def test_mistakes_in_the_command_lines(pipeline, command, monkeypatch, tmp_path)
     assert one_line(command("distill.py", *STAGES["lpips"][1], *new, "--vgg", "none.pth"), "none.pth")
     assert one_line(command("distill.py", *STAGES["lpips"][1], *new, "--linear", "vgg.safetensors"), "vgg.safetensors", "lin0")
     assert one_line(command("distill.py", *STAGES["lpips"][1], *new, "--lpips-size", "8"), "--lpips-size 8")
-    assert one_line(command("distill.py", *STAGES["distill"][1], *new, "--l2", "1"), "--l2 1", "--loss lpips")
+    assert one_line(command("distill.py", *STAGES["distill"][1], *new, "--l2", "1"), "--l2 are of --loss lpips")
     assert one_line(command("distill.py", *STAGES["lpips"][1], *new, "--lpips-size", "-8"), "--lpips-size")
     assert one_line(command("train_reflow.py", *STAGES["reflow"][1], *new, "--density", "normal"), "--density")
     assert one_line(command("train_reflow.py", *STAGES["reflow"][1], *new, "--model", "models/none"), "models/none")

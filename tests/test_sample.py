@@ -339,7 +339,7 @@ FLAGS = [
     (["--height", "13"], "height is 13; it must be a multiple of 2"), (["--width", "1"], "width is 1; it must be a multiple of 2"), (["--height", "0"], "--height"),
     (["--interpolate", "3"], "--interpolate"), (["--interpolate", "3", "b"], "--interpolate"), (["--frames", "0"], "--frames"), (["--interpolate", "3", "4", "--num", "2"], "--num"),
     (["--compare", "x:"], "--compare x:"), (["--compare", ":3"], "--compare :3"), (["--compare", "x:0"], "--compare x:0"), (["--compare", "none:1"], "none"),
-    (["--model", "none"], "none"), (["--model", ""], "does not say what its U-Net predicts"), (["--prediction", "image"], "--prediction"),
+    (["--model", "none"], "none"), (["--model", ""], "no such model folder"), (["--strength", "0.5"], "--strength is of --image"), (["--frames", "3"], "--frames is of --interpolate"), (["--prediction", "image"], "--prediction"),
 ]
 
 
