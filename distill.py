@@ -37,7 +37,7 @@ def image_losses(student, target, model, distance, size):
 
 def start_times(n, steps, generator):
     """Where on their lines n pairs start, float32 [n]: 0, 1/N, ..., (N-1)/N for N steps. Half of them 0 (if N > 1), where all of the path is
-    left and a mistake is largest: with all alike, two and four steps are as good, and one is worse (benchmarks/miniature.md)."""
+    left and mistakes are largest: with all alike, every number of steps is a little worse (benchmarks/miniature.md)."""
     return torch.from_numpy(generator.integers(min(0, 2 - steps), steps, size=n).clip(0) / steps).float()
 
 

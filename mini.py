@@ -239,7 +239,8 @@ def lpips(models, l2=0.05):
 
 def pipeline(root, short=False):
     """The command lines of the whole miniature, in order: the paper's stages, and beside them direct distillation at no less total cost:
-    as many iterations as reflow and the first distillation have together, pairs from more U-Net passes (36454 x 20, not 10240 x 20 + 32768 x 12), and the same LPIPS."""
+    as many iterations as reflow and the first distillation have together, pairs from more U-Net passes (36454 x 20, not 10240 x 20 + 32768 x 12), and the same
+    LPIPS: that is mini-instaflow-lpips's match. mini-instaflow then learns two and four steps too."""
     n = (lambda full, little: little if short else full)
     root = shlex.quote(str(root))
     models, pairs = f"{root}/models", f"{root}/pairs"
@@ -252,7 +253,9 @@ def pipeline(root, short=False):
         train_reflow.py --model {models}/mini-sd --pairs {pairs}/sd --out {models}/mini-2rf --iterations {n(2400, 4)} --lr 5e-4 {STUDENT} --exact --density early --huber
         pairs.py --model {models}/mini-2rf --prompts {pairs}/captions.txt --steps {n(6, 3)} --guidance 3 {n("--number 32768", "")} --out {pairs}/2rf --finish {models}/mini-sd --finish-at 0.3 --finish-guidance 3
         distill.py --model {models}/mini-2rf --pairs {pairs}/2rf --out {models}/mini-instaflow-l2 --iterations {n(6000, 4)} --lr 3e-4 {STUDENT} --exact --loss huber
-        distill.py --model {models}/mini-instaflow-l2 --pairs {pairs}/2rf --out {models}/mini-instaflow {last}
+        distill.py --model {models}/mini-instaflow-l2 --pairs {pairs}/2rf --out {models}/mini-instaflow-lpips {last}
+        distill.py --model {models}/mini-instaflow-lpips --pairs {pairs}/2rf --out {models}/mini-few-l2 --iterations {n(1000, 4)} --lr 2e-4 {STUDENT} --exact --loss huber --steps 4
+        distill.py --model {models}/mini-few-l2 --pairs {pairs}/2rf --out {models}/mini-instaflow {lpips(models)} --iterations {n(2000, 4)} --lr 1e-4 {STUDENT} --exact --steps 4
         pairs.py --model {models}/mini-sd --prompts {pairs}/captions.txt --steps {n(10, 2)} --guidance {GUIDANCE} {n("--number 36454", "")} --out {pairs}/sd-more
         distill.py --model {models}/mini-sd --pairs {pairs}/sd-more --out {models}/mini-direct-l2 --iterations {n(8400, 4)} --lr 3e-4 {STUDENT} --exact --loss huber
         distill.py --model {models}/mini-direct-l2 --pairs {pairs}/sd-more --out {models}/mini-direct {last}
@@ -282,7 +285,7 @@ def main():
     teacher.set_defaults(run=lambda args, world: train_teacher(args.out, world, args.compile))
     teacher.add_argument("--out", type=cli.folder, required=True, help="folder of the model")
     teacher.add_argument("--compile", action="store_true", help="torch.compile: two minutes, then faster or slower by the processor; needs a C++ compiler")
-    everything = commands.add_parser("all", doc="The whole pipeline from nothing: some ten hours of two CPU cores.")
+    everything = commands.add_parser("all", doc="The whole pipeline from nothing: some eleven hours of two CPU cores.")
     everything.set_defaults(run=run_all)
     everything.add_argument("--root", default="runs/mini", help="where models/ and pairs/ are made")
     for command in (teacher, everything):

@@ -41,7 +41,7 @@ from cli import UserError
 from instaflow import InstaFlow, grid, to_pil
 
 HERE = Path(__file__).resolve().parent / "models"
-COMPARISON = ["mini-sd:25", "mini-sd:1", "mini-2rf:25", "mini-2rf:1", "mini-direct:1", "mini-instaflow:1"]    # MODEL:STEPS, a row each
+COMPARISON = ["mini-sd:25", "mini-sd:1", "mini-2rf:25", "mini-2rf:1", "mini-direct:1", "mini-instaflow:1", "mini-instaflow:4"]    # MODEL:STEPS, a row each
 
 
 def slerp(a, b, n):

@@ -70,7 +70,7 @@ def test_every_line_of_the_pipeline_is_understood():
                     with pytest.raises(cli.UserError, match="nowhere"):      # past the parser: the first file is missing
                         scripts[script].main()
                 checked += 1
-    assert checked == 2 * 8
+    assert checked == 2 * 10
 
 
 @pytest.mark.slow
