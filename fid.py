@@ -65,7 +65,7 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     # By the root of lower rank: with the other, an eigenvalue that ought to be zero comes out at 1e-16, and its root at 1e-8.
     root, other = (roots[0], sigma2) if roots[0].shape[1] <= roots[1].shape[1] else (roots[1], sigma1)
     values = np.linalg.eigvalsh(root.T @ other @ root)
-    return float(((mu1 - mu2) ** 2).sum() + np.trace(sigma1) + np.trace(sigma2) - 2 * np.sqrt(values.clip(0)).sum())
+    return max(float(((mu1 - mu2) ** 2).sum() + np.trace(sigma1) + np.trace(sigma2) - 2 * np.sqrt(values.clip(0)).sum()), 0.0)             # rounding can make it negative
 
 
 def factor(sigma):
