@@ -457,5 +457,5 @@ def test_too_many_bad_gradients_stop_the_run_with_a_line(world, launch, tmp_path
     output = wait(launch(tmp_path, "train_reflow.py", [*REFLOW, "--iterations", "60", "--save-every", "3", "--out", "out"], 1, bad_gradients), tmp_path, 2)
     assert output.count("train_reflow.py: 21 of the last 24 steps had a gradient that was not finite or larger than --explode") == 1 and "Traceback" not in output
     start, (step, tensors, _) = InstaFlow.load(world / "models" / "teacher").unet.state_dict(), training.load_checkpoint(tmp_path / "out" / "training")
-    assert step == 21 and all(v.isfinite().all() for v in tensors.values()) and tensors["optimizer.conv_in.weight.step"] == 3
+    assert step == 3 and all(v.isfinite().all() for v in tensors.values()) and tensors["optimizer.conv_in.weight.step"] == 3
     assert any(not torch.equal(tensors[f"model.{k}"], v) for k, v in start.items())
