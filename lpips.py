@@ -71,7 +71,7 @@ def read_weights(path):
             return load_file(path)
         tensors = torch.load(path, map_location="cpu", weights_only=True)    # never a pickle that can run code
     except Exception as error:                             # a damaged pickle raises whatever it likes; torch's own advice is to run its code
-        reason = "" if "weights_only" in str(error).lower() or "weights only" in str(error).lower() else " ".join(str(error).split())[:120]
+        reason = "" if "weights only" in str(error).lower().replace("_", " ") else " ".join(str(error).split())[:120]
         raise UserError(f"{path} is no whole file of tensors ({reason or type(error).__name__}); fetch it again") from None
     if not isinstance(tensors, dict) or not all(map(torch.is_tensor, tensors.values())):
         raise UserError(f"{path} holds no tensors by name; save the network's state_dict()")

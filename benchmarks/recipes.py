@@ -20,7 +20,7 @@ and beyond it, at the same cost as each other:
   longer        what that costs given to distillation: REFLOW + DISTIL iterations, on PAIRS + PAIRS pairs of the 2-rectified flow
 and so again where the teacher draws the ends of all those pairs, all that helped included:
   3rf-finished  early-huber's flow reflowed on its own pairs, and then distilled ("perceived") from new ones
-  longer-finished
+  longer-finished  what that costs given to distillation
 """
 from pathlib import Path
 
@@ -48,7 +48,7 @@ def lpips(start, pairs, out, lr, seed, n=PERCEIVED, l2=0.05, steps=1):
 def perceived(start, pairs, out, length, lr, seed, flags="", n=PERCEIVED, steps=1):
     """Command lines of a distillation at the cost of `length` iterations of L2, whose last n are LPIPS."""
     if 3 * n > length:
-        return [lpips(start, pairs, out, lr, seed, n)]
+        return [lpips(start, pairs, out, lr, seed, n, steps=steps)]
     return [train("distill.py", start, pairs, f"{out}-l2", length - 3 * n, lr, seed, f"--exact --steps {steps} {flags}"),
             lpips(f"{out}-l2", pairs, out, lr, seed, n, steps=steps)]
 
@@ -84,7 +84,8 @@ def lines(root, seed):
         name = "{0}-{2}".format(*how)
         pairs = own("early-huber", f"pairs-{name}")
         made += [finished(root, flow, 3, PAIRS, pairs, seed, *how), *perceived(flow, pairs, own("early-huber", f"finished-{name}"), DISTIL, AFTER, seed, "--loss huber")]
-    third, longer = own("3rf-finished", "3rf"), own("longer-finished", "pairs")            # `pairs` and `how` are the last of FINISHED
+    how = FINISHED[-1]
+    pairs, third, longer = own("early-huber", "pairs-{0}-{2}".format(*how)), own("3rf-finished", "3rf"), own("longer-finished", "pairs")
     made += [*perceived(flow, pairs, own("early-huber", "few"), DISTIL, AFTER, seed, "--loss huber", steps=4),
              train("train_reflow.py", flow, pairs, third, REFLOW, LR, seed, f"--exact {FLAGS['early-huber']}"),
              finished(root, third, mini.GUIDANCE, PAIRS, own("3rf-finished", "pairs"), seed, *how),

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 import flows
 import training
+import weights
 from conftest import one_line, without_time
 from distill import start_times
 from instaflow import InstaFlow, timestep
@@ -182,19 +183,24 @@ def test_a_training_that_diverges_is_not_saved(pipeline, command, monkeypatch, t
     assert sorted(path.name for path in Path("models/skipping/training").glob("*.safetensors")) == ["step-00000002.safetensors", "step-00000006.safetensors"]
 
 
-def test_a_single_file_is_a_teacher_too(tiny, command, tmp_path):
-    """It does not say what its U-Net predicts, so every stage that takes it can be told."""
-    InstaFlow.load(tiny / "teacher").save(tmp_path / "file", self_contained=True)
-    (tmp_path / "file" / "instaflow.json").unlink()
+@pytest.mark.parametrize("name", ["folder", "file.safetensors"])
+def test_a_teacher_that_does_not_say_what_it_predicts(tiny, command, tmp_path, name):
+    """As Stable Diffusion's single file: every stage that takes it can be told."""
+    InstaFlow.load(tiny / "teacher").save(tmp_path / name, self_contained=True)
+    if name == "folder":
+        (tmp_path / name / "instaflow.json").unlink()
+    else:
+        told = {key: value for key, value in weights.facts(tmp_path / name).items() if key != "info"}          # the sizes alone: without them it would be read as Stable Diffusion 1.x's
+        save_file(load_file(tmp_path / name), tmp_path / name, {"format": "pt", "instaflow": json.dumps(told)})
     (tmp_path / "prompts.txt").write_text("a\nb\n")
-    model, pairs, short = ["--model", tmp_path / "file"], ["--pairs", tmp_path / "pairs"], ["--iterations", "1", "--batch", "2", "--device", "cpu"]
+    model, pairs, short = ["--model", tmp_path / name], ["--pairs", tmp_path / "pairs"], ["--iterations", "1", "--batch", "2", "--device", "cpu"]
     lines = {"pairs.py": [*model, "--prompts", tmp_path / "prompts.txt", "--steps", "2", "--guidance", "2", "--out", tmp_path / "pairs", "--device", "cpu"],
              "train_reflow.py": [*model, *pairs, "--out", tmp_path / "2rf", *short], "distill.py": [*model, *pairs, "--out", tmp_path / "student", *short]}
     for script, words in lines.items():
-        assert one_line(command(script, *words), "file", "give --prediction")
+        assert one_line(command(script, *words), name, "give --prediction")
         assert command(script, *words, "--prediction", "epsilon")[0] == 0
-    for name in ("2rf", "student"):
-        assert InstaFlow.load(tmp_path / name).info["prediction"] == "velocity"
+    for made in ("2rf", "student"):
+        assert InstaFlow.load(tmp_path / made).info["prediction"] == "velocity"
     assert command("pairs.py", "preview", *pairs, "--prediction", "epsilon", "--out", tmp_path / "preview.png")[0] == 0
 
 
