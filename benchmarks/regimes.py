@@ -1,14 +1,15 @@
 """When does reflow before distillation pay? Against direct distillation at equal distillation and at equal total cost.
 
-    python benchmarks/regimes.py                              # trains what is missing below runs/regimes, then measures: two hours of two cores
+    python benchmarks/regimes.py                              # trains what is missing below runs/regimes, then measures: five hours of two cores
     python benchmarks/regimes.py --seeds 1 --out seed-1.json  # one seed alone, as beside the other once the teacher's pairs, which they share, are made
 
-From the shipped teacher, with an eighth of its students' budgets, L2 alone, all in one step. Three routes from the same teacher's pairs:
+From the shipped teacher, L2 alone, all in one step. Three routes from the same teacher's pairs:
   reflowed      REFLOW iterations of reflow, PAIRS pairs of the 2-rectified flow, DISTIL iterations on those
   direct        DISTIL iterations on the teacher's PAIRS pairs
   direct-total  what the first costs in all: REFLOW + DISTIL iterations, and as many more of the teacher's pairs as the U-Net
                 passes of the 2-rectified flow's would have paid for
-A regime is where a student starts, and how far the teacher's pairs were guided. What is measured is kept in --out.
+A regime is where a student starts, how far the teacher's pairs were guided, how long it is trained, and how large the one-step student is:
+"stacked" distils raw-long's flow, or its teacher, into two U-Nets in series. What is measured is kept in --out.
 """
 import argparse
 import functools
@@ -23,17 +24,28 @@ import mini
 from instaflow import InstaFlow
 from measure import Evaluation, ends, identity, keep
 
-PAIRS, REFLOW, DISTIL = 3072, 500, 500
+PAIRS, REFLOW, DISTIL = SHORT = 3072, 500, 500             # an eighth of the shipped students' budgets
+LONG = 6144, 2000, 2000                                    # enough for a U-Net that predicted noise to learn what a velocity is
 TEACHER_STEPS, FLOW_STEPS = 10, 8                          # of the samplers that make the pairs; all pairs are guided: two passes a step
 MORE = PAIRS * FLOW_STEPS // TEACHER_STEPS                 # pairs of the teacher that cost what PAIRS of the 2-rectified flow do
-# Flags, guidance of the teacher's pairs, and learning rates: of what starts at the teacher (reflow; direct), and of distillation after reflow.
+# Flags, guidance of the teacher's pairs, learning rates of what starts at the teacher (reflow; direct) and of distillation after reflow, and budget.
 # As the pipeline has them, but with the paper's time, losses and guidance of the second pairs, and for the raw start as in miniature.md's longer runs.
-REGIMES = {"raw": ("", 1.5, "1e-3", "1e-3", "5e-4"), "exact": ("--exact", 1.5, "5e-4", "3e-4", "3e-4"), "guided": ("--exact", 3, "5e-4", "3e-4", "3e-4")}
-ROUTES = {"reflowed": f"{REFLOW} + {DISTIL}", "direct": DISTIL, "direct-total": REFLOW + DISTIL}
+REGIMES = {"raw": ("", 1.5, "1e-3", "1e-3", "5e-4", SHORT), "exact": ("--exact", 1.5, "5e-4", "3e-4", "3e-4", SHORT), "guided": ("--exact", 3, "5e-4", "3e-4", "3e-4", SHORT),
+           "raw-long": ("", 1.5, "1e-3", "1e-3", "5e-4", LONG), "stacked": ("--stacked", 1.5, "1e-3", "1e-3", "5e-4", LONG)}
 
 
-def generate(root, model, steps, guidance, number, out, seed=0):
-    return f"pairs.py --model {model} --prompts {root}/captions.txt --steps {steps} --guidance {guidance} --number {number} --out {out} --seed {seed}"
+LEFT_OUT = {"raw-long": "direct", "stacked": "direct-total"}            # the first has less of all than direct-total; the second would take as long as all other long ones
+
+
+def routes(regime):
+    """{route: iterations, as a table names them}."""
+    _, reflow, distil = REGIMES[regime][-1]
+    lengths = {"reflowed": f"{reflow:,} + {distil:,}", "direct": f"{distil:,}", "direct-total": f"{reflow + distil:,}"}
+    return {route: length for route, length in lengths.items() if route != LEFT_OUT.get(regime)}
+
+
+def generate(root, model, steps, guidance, number, out, seed=0, captions="captions.txt"):
+    return f"pairs.py --model {model} --prompts {root}/{captions} --steps {steps} --guidance {guidance} --number {number} --out {out} --seed {seed}"
 
 
 def train(script, model, pairs, out, length, lr, seed, flags):
@@ -42,15 +54,18 @@ def train(script, model, pairs, out, length, lr, seed, flags):
 
 def pipeline(root, regime, seed):
     """Command lines of one regime and seed, in order."""
-    flags, guidance, reflow, direct, after = REGIMES[regime]
-    folder, theirs = f"{root}/{regime}-{seed}", {n: f"{root}/pairs-{guidance}-{n}" for n in (PAIRS, PAIRS + MORE)}
-    return [f"scenes.py --captions {PAIRS + MORE} --seed 1 --out {root}/captions.txt",
-            *(generate(root, "models/mini-sd", TEACHER_STEPS, guidance, n, out) for n, out in theirs.items()),
-            train("train_reflow.py", "models/mini-sd", theirs[PAIRS], f"{folder}/2rf", REFLOW, reflow, seed, flags),
-            generate(root, f"{folder}/2rf", FLOW_STEPS, mini.GUIDANCE, PAIRS, f"{folder}/pairs", seed),
-            train("distill.py", f"{folder}/2rf", f"{folder}/pairs", f"{folder}/reflowed", DISTIL, after, seed, flags),
-            train("distill.py", "models/mini-sd", theirs[PAIRS], f"{folder}/direct", DISTIL, direct, seed, flags),
-            train("distill.py", "models/mini-sd", theirs[PAIRS + MORE], f"{folder}/direct-total", REFLOW + DISTIL, direct, seed, flags)]
+    flags, guidance, reflow, direct, after, (pairs, first, last) = REGIMES[regime]
+    more = pairs + pairs * FLOW_STEPS // TEACHER_STEPS
+    folder, theirs = f"{root}/{regime}-{seed}", {n: f"{root}/pairs-{guidance}-{n}" for n in (pairs, more)}
+    flow, captions = f"{root}/raw-long-{seed}" if regime == "stacked" else folder, "captions.txt" if pairs == PAIRS else "captions-long.txt"
+    lines = {"2rf": train("train_reflow.py", "models/mini-sd", theirs[pairs], f"{flow}/2rf", first, reflow, seed, flags.replace("--stacked", "")),
+             "pairs": generate(root, f"{flow}/2rf", FLOW_STEPS, mini.GUIDANCE, pairs, f"{flow}/pairs", seed, captions),
+             "reflowed": train("distill.py", f"{flow}/2rf", f"{flow}/pairs", f"{folder}/reflowed", last, after, seed, flags),
+             "direct": train("distill.py", "models/mini-sd", theirs[pairs], f"{folder}/direct", last, direct, seed, flags),
+             "direct-total": train("distill.py", "models/mini-sd", theirs[more], f"{folder}/direct-total", first + last, direct, seed, flags)}
+    return [f"scenes.py --captions {more} --seed 1 --out {root}/{captions}",
+            *(generate(root, "models/mini-sd", TEACHER_STEPS, guidance, n, out, captions=captions) for n, out in theirs.items()),
+            *(line for what, line in lines.items() if what in ("2rf", "pairs", *routes(regime)))]
 
 
 def error(path, made, n):
@@ -97,10 +112,10 @@ def main():
             for words in pipeline(args.root, regime, seed):
                 mini.run(words)
     name = "{}, seed {}, {}".format
-    rows = measured(args.out, {name(regime, seed, route): (Path(args.root) / f"{regime}-{seed}" / route, 1) for regime in REGIMES for seed in args.seeds for route in ROUTES}, args.n)
+    rows = measured(args.out, {name(regime, seed, route): (Path(args.root) / f"{regime}-{seed}" / route, 1) for regime in REGIMES for seed in args.seeds for route in routes(regime)}, args.n)
     print("| start | route | iterations | exact match, by seed | 1 / 2 / 3 objects, mean | FID (judge), by seed | one-step error, by seed |\n" + "|---" * 7 + "|")
     for regime in REGIMES:
-        for route, length in ROUTES.items():
+        for route, length in routes(regime).items():
             print(line(f"{regime} | {route} | {length}", [rows[name(regime, seed, route)] for seed in args.seeds]))
 
 

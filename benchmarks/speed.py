@@ -45,6 +45,8 @@ KEYS = ("s", "cpu_s", "peak_gib", "gpu_gib")             # of processes all four
 CHILD = r"""
 import re, runpy, sys
 sys.argv = sys.argv[1:]
+if sys.argv[0].endswith("sample.py"):
+    sys.modules["transformers"] = None                   # as requirements.txt installs it: open_clip imports transformers only where it is
 runpy.run_path(sys.argv[0], run_name="__main__")
 import torch
 print("PEAK", 1024 * int(re.search(r"VmHWM:\s+(\d+)", open("/proc/self/status").read())[1]), torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0)

@@ -41,11 +41,21 @@ def passes(lines, out):
 def test_equal_is_equal(regime, seed):
     lines, folder = regimes.pipeline("runs/regimes", regime, seed), f"runs/regimes/{regime}-{seed}"
     parsed = {flag(words, "--out"): words for words in map(shlex.split, lines)}
-    reflowed, direct, total = (parsed[f"{folder}/{route}"] for route in regimes.ROUTES)
-    assert flag(reflowed, "--iterations") == flag(direct, "--iterations") and flag(reflowed, "--batch") == flag(direct, "--batch")
-    assert 0 <= passes(lines, f"{folder}/reflowed") - passes(lines, f"{folder}/direct-total") < 20      # less than a pair
-    for words in (reflowed, direct, total):
-        assert words.count("--exact") == (regime != "raw") and flag(words, "--seed") == str(seed)
+    made = {route: parsed[f"{folder}/{route}"] for route in regimes.routes(regime)}
+    assert len(made) == (2 if regime in regimes.LEFT_OUT else 3)
+    if "direct" in made:
+        assert all(flag(made["reflowed"], name) == flag(made["direct"], name) for name in ("--iterations", "--batch"))
+        assert flag(parsed[flag(made["reflowed"], "--pairs")], "--number") == flag(parsed[flag(made["direct"], "--pairs")], "--number")
+    if "direct-total" in made:
+        assert 0 <= passes(lines, f"{folder}/reflowed") - passes(lines, f"{folder}/direct-total") < 20      # less than a pair
+    for words in made.values():
+        assert words.count("--exact") == (regime in ("exact", "guided")) and words.count("--stacked") == (regime == "stacked") and flag(words, "--seed") == str(seed)
+
+
+def test_the_stacked_student_learns_from_the_single_ones_flow():
+    lines, single = (regimes.pipeline("root", regime, 0) for regime in ("stacked", "raw-long"))
+    own = {line for line in lines if "/stacked-0/" in line}
+    assert len(own) == 2 and set(lines) - own < set(single)                                                # even its pairs, and the flow, are raw-long's
 
 
 @pytest.mark.parametrize("seed", (0, 1))

@@ -75,6 +75,15 @@ def test_a_packed_upsampling_is_the_upsampling(kind, dtype, tolerance):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("layout", (torch.contiguous_format, torch.channels_last))
+@pytest.mark.parametrize("there", (torch.bfloat16, torch.float32))
+@pytest.mark.parametrize("here", (torch.float16, torch.float32))
+def test_a_converted_weight_is_what_torch_makes_of_it(here, there, layout):
+    weight = (torch.randn(70, 5, 3, 3) * 10.0 ** torch.arange(-6, 8).repeat(5)[:, None, None, None]).to(here)          # float16's smallest, and past its largest
+    ours, theirs = fast.converted(weight, there, layout), weight.to(there)
+    assert ours.dtype == there and torch.equal(ours, theirs) and ours.is_contiguous(memory_format=layout)
+
+
 def test_packing_twice_and_a_part_before_the_whole():
     layer, x = vae.Upsample(8), torch.randn(1, 8, 4, 4)
     expected = layer(x)
