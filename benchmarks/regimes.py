@@ -25,7 +25,7 @@ from instaflow import InstaFlow
 from measure import Evaluation, ends, identity, keep
 
 PAIRS, REFLOW, DISTIL = SHORT = 3072, 500, 500             # an eighth of the shipped students' budgets
-LONG = 6144, 2000, 2000                                    # enough for a U-Net that predicted noise to learn what a velocity is
+LONG = 6144, 3000, 1500                                    # enough for a U-Net that predicted noise to learn what a velocity is
 TEACHER_STEPS, FLOW_STEPS = 10, 8                          # of the samplers that make the pairs; all pairs are guided: two passes a step
 MORE = PAIRS * FLOW_STEPS // TEACHER_STEPS                 # pairs of the teacher that cost what PAIRS of the 2-rectified flow do
 # Flags, guidance of the teacher's pairs, learning rates of what starts at the teacher (reflow; direct) and of distillation after reflow, and budget.
