@@ -49,9 +49,16 @@ def writable(path):
 
 
 def another(out, model):
-    """Raises UserError if the trained model would overwrite the model that it starts from."""
+    """Raises UserError if the trained model would overwrite the model that it starts from, or as `fresh` does."""
     if Path(out).resolve() == Path(model).resolve():
         raise UserError(f"--out {out} is --model itself, which would be lost; name another folder")
+    fresh(out)
+
+
+def fresh(out, file="instaflow.json"):
+    """Raises UserError if a trained model (its `file`) is there and its training/ is not, as with the shipped ones: it would be replaced."""
+    if (Path(out) / file).exists() and not (Path(out) / "training").exists():
+        raise UserError(f"--out {out} holds a trained model, which would be lost; name another folder")
 
 
 def positive(text):

@@ -1,8 +1,8 @@
 """One-step distillation, the paper's Algorithm 2: make X0 + v(X0, 0 | T) the end of the teacher's whole path.
 
-    python distill.py --model 2rf --pairs pairs/2rf --out instaflow-l2
-    python distill.py --model instaflow-l2 --pairs pairs/2rf --out instaflow --loss lpips --vgg vgg16.pth
-    python distill.py --model 2rf --pairs pairs/2rf --out instaflow-1.7b-l2 --stacked                   # into two U-Nets in series
+    python distill.py --model 2rf --pairs pairs/2rf --out instaflow-l2 --batch 1024 --accumulate 64 --iterations 21500
+    python distill.py --model instaflow-l2 --pairs pairs/2rf --out instaflow --loss lpips --vgg vgg16.pth --linear vgg.pth --batch 1024 --accumulate 64 --iterations 18000
+    python distill.py --model 2rf --pairs pairs/2rf --out instaflow-1.7b-l2 --stacked --iterations 110000    # into two U-Nets in series
     torchrun --nproc-per-node 8 distill.py ...                                                          # one node
     torchrun --nnodes 4 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 distill.py ...
 
@@ -38,7 +38,8 @@ def image_losses(student, target, model, distance, size):
 def start_times(n, steps, generator):
     """Where on their lines n pairs start, float32 [n]: 0, 1/N, ..., (N-1)/N for N steps. Half of them 0 (if N > 1), where all of the path is
     left and mistakes are largest: with all alike, every number of steps is a little worse (benchmarks/miniature.md)."""
-    return torch.from_numpy(generator.integers(min(0, 2 - steps), steps, size=n).clip(0) / steps).float()
+    k = generator.integers(min(0, 2 - steps), steps, size=n).clip(0)         # of 2 (N - 1) whole numbers N - 1 are negative or 0, the others 1 ... N - 1; for N = 1 there is 0 alone
+    return torch.from_numpy(k / steps).float()
 
 
 def main():

@@ -40,7 +40,7 @@ CONFIGS = {                                                # U-Net, VAE, text to
 PROMPTS = ["a red circle left of a blue square", "a small yellow star", "a large green heart above a small purple ring",
            "a pink cross on a dark striped background", "a cyan diamond below an orange triangle", "a blue ring left of a red star and a green square above the red star"]
 SAMPLERS = {"euler": flows.euler, "heun": flows.heun, "ddim": diffusion.ddim, "dpm": diffusion.dpm_solver}
-STARTED = 2                                                # steps of a path that another model finishes (solve_with)
+FLOW_STEPS = 2                                             # Euler steps of the flow before its teacher takes over (solve_with)
 DEFAULTS = {"velocity": {"sampler": "euler", "steps": 25, "guidance": 1.5},      # the paper's 2-rectified flow
             "epsilon": {"sampler": "dpm", "steps": 25, "guidance": 7.5}}         # Stable Diffusion
 
@@ -187,7 +187,7 @@ class InstaFlow:
         """From noise x0 [B, 4, h, w] along the model's ODE -> latents [B, 4, h, w]. context [B, L, C], null [1, L, C].
         Guidance is taken on what the U-Net predicts: on noise as Stable Diffusion does, on velocity as the paper does;
         it is the same formula. Raises ValueError for steps < 1, UserError for a sampler of the other kind."""
-        steps, x0 = self.info["steps"] if steps is None else steps, x0.contiguous(memory_format=torch.channels_last)    # and so is all computed from it
+        steps, x0 = self.info["steps"] if steps is None else steps, x0.contiguous(memory_format=torch.channels_last)    # then all computed from x0 is so too
         alpha = self.info["guidance"] if guidance is None else guidance
         sampler = sampler or self.info["sampler"]
         if sampler in ("euler", "heun"):
@@ -228,15 +228,15 @@ class InstaFlow:
         return diffusion.dpm_solver(flows.guided(self.unet, context, null, alpha), x, min(steps, max(index, 1)), self.schedule, index)
 
     @torch.no_grad()
-    def solve_with(self, teacher, t, strength, x0, context, null, steps, guidance):
-        """The model's path to time t, in STARTED Euler steps; from there its teacher's (`finish`), in all other steps, at guidance `strength` -> latents
-        [B, 4, h, w]. Not in the paper. Which picture a noise becomes is decided early, and that part of the path is what reflow has made easy to
+    def solve_with(self, teacher, t, teacher_guidance, x0, context, null, steps, guidance):
+        """The model's path to time t, in FLOW_STEPS Euler steps; from there its teacher's (`finish`), in all other steps, at guidance `teacher_guidance`
+        -> latents [B, 4, h, w]. Not in the paper. Which picture a noise becomes is decided early, and that part of the path is what reflow has made easy to
         learn; what follows, a reflowed model draws worse than its teacher (benchmarks/miniature.md). Raises UserError where no step is left to it."""
-        if steps <= STARTED:
-            raise UserError(f"steps is {steps}; of a path that a teacher finishes the first {STARTED} are the flow's own, so give at least {STARTED + 1}")
+        if steps <= FLOW_STEPS:
+            raise UserError(f"steps is {steps}; of a path that a teacher finishes the first {FLOW_STEPS} are the flow's own, so give at least {FLOW_STEPS + 1}")
         v = flows.guided(self.velocity, context, null, guidance)
-        x = flows.euler(lambda z, s: t * v(z, t * s), x0.contiguous(memory_format=torch.channels_last), STARTED)
-        return teacher.finish(x, t, context, null, steps - STARTED, strength)
+        x = flows.euler(lambda z, s: t * v(z, t * s), x0.contiguous(memory_format=torch.channels_last), FLOW_STEPS)
+        return teacher.finish(x, t, context, null, steps - FLOW_STEPS, teacher_guidance)
 
     def latents(self, prompts, steps=None, guidance=None, seed=0, first=0, negative="", height=None, width=None):
         """-> scaled latents [B, 4, h, w] of list[str]; picture i starts from noise(0, seed, first + i). A str is a ValueError."""

@@ -245,6 +245,7 @@ def train(args):
     world, folder = training.start(), f"{args.out}/training"
     if world.size > 1:
         raise cli.UserError("the judge trains in one process; start it with python, not torchrun")
+    cli.fresh(args.out, "judge.json")
     torch.manual_seed(args.seed)
     judge = Judge().to(world.device)
     ema, optimizer = copy.deepcopy(judge).requires_grad_(False), training.adamw(judge, args.lr)

@@ -1,6 +1,6 @@
 """The miniature: a small Stable Diffusion, trained from scratch on captioned scenes, and the whole pipeline on it.
 
-    python mini.py teacher --out models/mini-sd         # VAE, then text tower and noise-predicting U-Net
+    python mini.py teacher --out runs/mini-sd           # VAE, then text tower and noise-predicting U-Net
     python mini.py all                                  # every stage from scratch, printing each command line it runs
 
 A killed stage resumes where it stopped: run the same line again.
@@ -183,6 +183,7 @@ def encode_world(vae, out, world):
 def train_teacher(out, world, compiled=False):
     """Noise prediction as Stable Diffusion's (Ho et al. 2020, equation 14), text tower included -> the saved model."""
     s = TEACHER_TRAINING
+    cli.fresh(out)
     vae = standardise(train_vae(out, world).cpu()).to(world.device)
     latents, ids, named, shown, related = encode_world(vae, out, world)
     torch.manual_seed(s.seed)

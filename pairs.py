@@ -225,9 +225,9 @@ def make(words):
     info = {"model": os.path.normpath(args.model), "weights": weights.checksum(hub.locate(args.model)), "sampler": model.info["sampler"], "steps": args.steps, "guidance": args.guidance, "number": number,
             "shard": args.shard, "seed": args.seed, "prompts": prompts.crc}
     if teacher:
-        strength = teacher.info["guidance"] if args.finish_guidance is None else args.finish_guidance
-        info["finish"] = {"model": os.path.normpath(args.finish), "weights": weights.checksum(hub.locate(args.finish)), "sampler": teacher.info["sampler"].replace("ddim", "dpm"), "at": args.finish_at, "guidance": strength}
-    solve = (lambda *path: model.solve_with(teacher, args.finish_at, strength, *path)) if teacher else model.solve
+        finish_guidance = teacher.info["guidance"] if args.finish_guidance is None else args.finish_guidance
+        info["finish"] = {"model": os.path.normpath(args.finish), "weights": weights.checksum(hub.locate(args.finish)), "sampler": teacher.info["sampler"].replace("ddim", "dpm"), "at": args.finish_at, "guidance": finish_guidance}
+    solve = (lambda *path: model.solve_with(teacher, args.finish_at, finish_guidance, *path)) if teacher else model.solve
     if first and old != info:
         changed = [k for k in old | info if old.get(k) != info.get(k)]
         raise UserError(f"{args.out} holds pairs made otherwise ({', '.join(changed)} differ); give the same settings, or another --out")

@@ -83,19 +83,18 @@ def at_work(module, args):
 
 
 @torch.no_grad()
-def pictures(model, prompts, args, steps=None, first=None, clock=None):
+def pictures(model, prompts, args, steps=None, x0=None, clock=None):
     """Yield a PIL image a prompt. Text comes first, each different prompt once; then U-Net and decoder, `args.batch` pictures at a time,
-    with --low-memory the U-Net for all, then the decoder. first: the noise [B, 4, h, w], None for that of --seed."""
+    with --low-memory the U-Net for all, then the decoder. x0: the noise [B, 4, h, w], None for that of --seed."""
     clock = Clock() if clock is None else clock            # an empty one is False
     guidance = model.info["guidance"] if args.guidance is None else args.guidance
-    if first is None:
-        first = noise(model, args.seed, len(prompts), args)
-    x0, vae = first.to(args.device, args.dtype), model.vae
+    x0 = noise(model, args.seed, len(prompts), args) if x0 is None else x0
+    x0, vae = x0.to(args.device, args.dtype), model.vae
     tile = tile_side(args.tile, vae.config.factor)
     encoder, decoder = torch.nn.ModuleList((vae.encoder, vae.quant_conv)), torch.nn.ModuleList((vae.post_quant_conv, vae.decoder))
     if args.image:
         with at_work(encoder, args):
-            start = clock("encoder", model.encode, picture(args.image, x0, vae.config.factor))
+            start = clock("encoder", model.encode, read_image(args.image, x0, vae.config.factor))
     known = list(dict.fromkeys(prompts if guidance == 1 else [*prompts, args.negative]))
     with at_work(model.text, args):                        # (.clone(): a graph's output is overwritten by its next run)
         states = torch.cat([clock("text", model.text, known[i:i + args.batch]).clone() for i in range(0, len(known), args.batch)])
@@ -127,7 +126,7 @@ def noise(model, seed, n, args):
     return torch.stack([flows.noise(0, seed, i, shape) for i in range(n)])
 
 
-def picture(path, noise, factor):
+def read_image(path, noise, factor):
     """The picture at `path`, scaled and centre-cropped to the size that noise [B, 4, h, w] makes -> [1, 3, H, W] in [-1, 1]."""
     try:
         with Image.open(path) as image:
@@ -270,7 +269,7 @@ def arguments():
 
 
 def compare(args):
-    rows, labels, prompts = [], [], [p for p in args.prompt for _ in range(args.num)]
+    rows, labels, prompts = [], [], args.prompt
     for item in args.compare.split(","):
         path, _, steps = item.rpartition(":")
         if not path or not steps.isdecimal() or int(steps) < 1:

@@ -59,7 +59,7 @@ def table(measured, operations):
         if log.peak(device) and "A100" not in device:
             columns[f"A100, estimate from {device}"] = [days(n, row["speed"][stage]) * log.peak(device) / log.peak("A100") for _, stage, n, _ in RECIPE]
     if not any("H100" in name for name in measured):
-        columns["H100, estimate at the paper's share of the peak"] = [days(n, share[stage] * log.peak("H100") / flop[stage]) for _, stage, n, _ in RECIPE]
+        columns["H100-days, estimate at the paper's share of the peak"] = [days(n, share[stage] * log.peak("H100") / flop[stage]) for _, stage, n, _ in RECIPE]
     lines = ["| stage | samples | TFLOP a sample | paper, A100-days | " + " | ".join(columns) + " |", "|---|---|---|---|" + "---|" * len(columns)]
     for i, (name, stage, samples, paper) in enumerate(RECIPE):
         lines.append(f"| {name} | {samples / 1e6:.2f} M | {flop[stage] / 1e12:.2f} | {paper:.1f} | " + " | ".join(f"{column[i]:.1f}" for column in columns.values()) + " |")

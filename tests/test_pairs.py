@@ -298,6 +298,15 @@ def test_training_over_its_own_model_is_refused(copy, command, tiny):
         assert one_line(command(script, "--model", tiny / "flow", "--pairs", copy / "pairs", "--out", "", "--device", "cpu"), "--out", "name is empty")
 
 
+def test_a_trained_model_is_not_replaced(copy, command, tiny):
+    """A shipped one: its training is not there, so none could go on."""
+    models = Path(__file__).resolve().parent.parent / "models"
+    for script in ("train_reflow.py", "distill.py"):
+        assert one_line(command(script, "--model", tiny / "flow", "--pairs", copy / "pairs", "--out", models / "mini-2rf", "--device", "cpu"), "mini-2rf", "trained model")
+    assert one_line(command("mini.py", "teacher", "--out", models / "mini-sd"), "mini-sd", "trained model")
+    assert one_line(command("judge.py", "train", "--out", models / "mini-judge"), "mini-judge", "trained model")
+
+
 @pytest.mark.parametrize("field", ["checksum", "index", "seed"])
 def test_a_wrong_checksum_is_named(copy, field):
     edit(shard(2, copy), lambda tensors: tensors[field].__setitem__(3, tensors[field][3] + 1))
