@@ -72,7 +72,7 @@ def summed(weight, dtype):
     before it: along each axis w2, w2 + w1, w1 + w0, w0. They are rounded to `dtype` first, as all weights are, and added in float32."""
     kernel = torch.empty(weight.shape[1], 4, 4, weight.shape[0], dtype=dtype)
     for k in range(0, len(kernel), 32):                    # a few at a time: touching new memory takes longer than the sums
-        part = weight[:, k:k + 32].to(dtype).float().permute(1, 2, 3, 0)
+        part = converted(weight[:, k:k + 32], dtype).float().permute(1, 2, 3, 0)
         for axis in (1, 2):
             w0, w1, w2 = part.unbind(axis)
             part = torch.stack((w2, w2 + w1, w1 + w0, w0), axis)

@@ -24,7 +24,7 @@ and so again where the teacher draws the ends of all those pairs, all that helpe
 """
 from pathlib import Path
 
-from regimes import DISTIL, FLOW_STEPS, MORE, PAIRS, REFLOW, REGIMES, arguments, generate, line, measured, pipeline, train      # first: it knows the way to what follows
+from regimes import DISTIL, FLOW_STEPS, PAIRS, REFLOW, REGIMES, arguments, generate, line, measured, more, pipeline, train      # first: it knows the way to what follows
 
 import cli
 import mini
@@ -69,14 +69,14 @@ def lines(root, seed):
                 train("distill.py", own(recipe, flow), own(recipe, "pairs"), own(recipe, "reflowed"), DISTIL, AFTER, seed, "--exact")]
     for recipe, flags in FLAGS.items():
         made += student(recipe, "models/mini-sd", f"{root}/pairs-{GUIDANCE}-{PAIRS}", flags)
-    flow, strong, more = own("early-huber", "2rf"), own("early-huber", "pairs-3"), f"{root}/pairs-{GUIDANCE}-{PAIRS + MORE}"
+    flow, strong, theirs = own("early-huber", "2rf"), own("early-huber", "pairs-3"), f"{root}/pairs-{GUIDANCE}-{PAIRS + more(PAIRS)}"
     made += [train("distill.py", flow, own("early-huber", "pairs"), own("early-huber", "hubered"), DISTIL, AFTER, seed, "--exact --loss huber"),
              generate(root, flow, FLOW_STEPS, 3, PAIRS, strong, seed),
              train("distill.py", flow, strong, own("early-huber", "strong"), DISTIL, AFTER, seed, "--exact"),
-             train("distill.py", "models/mini-sd", more, own("direct-huber", "hubered"), REFLOW + DISTIL, DIRECT, seed, "--exact --loss huber"),
+             train("distill.py", "models/mini-sd", theirs, own("direct-huber", "hubered"), REFLOW + DISTIL, DIRECT, seed, "--exact --loss huber"),
              *perceived(f"{paper}/2rf", f"{paper}/pairs", f"{paper}/perceived", DISTIL, AFTER, seed),
              *perceived(flow, strong, own("early-huber", "perceived"), DISTIL, AFTER, seed, "--loss huber"),
-             *perceived("models/mini-sd", more, own("direct-huber", "perceived"), REFLOW + DISTIL, DIRECT, seed, "--loss huber"),
+             *perceived("models/mini-sd", theirs, own("direct-huber", "perceived"), REFLOW + DISTIL, DIRECT, seed, "--loss huber"),
              lpips(f"{paper}/perceived-l2", f"{paper}/pairs", f"{paper}/perceived-alone", AFTER, seed, l2=0),
              lpips(own("early-huber", "perceived-l2"), strong, own("early-huber", "perceived-alone"), AFTER, seed, l2=0)]
     made += [lpips(own("early-huber", "perceived-l2"), strong, own("early-huber", f"perceived-{l2}"), AFTER, seed, l2=l2) for l2 in L2S]

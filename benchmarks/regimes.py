@@ -27,17 +27,19 @@ import mini
 from instaflow import InstaFlow
 from measure import Evaluation, ends, identity, keep
 
-PAIRS, REFLOW, DISTIL = SHORT = 3072, 500, 500             # an eighth of the shipped students' budgets
+PAIRS, REFLOW, DISTIL = SHORT = 3072, 500, 500             # an eighth of the shipped students' iterations before LPIPS
 LONG = 6144, 3000, 1500                                    # enough for a U-Net that predicted noise to learn what a velocity is
 TEACHER_STEPS, FLOW_STEPS = 10, 8                          # of the samplers that make the pairs; all pairs are guided: two passes a step
-MORE = PAIRS * FLOW_STEPS // TEACHER_STEPS                 # pairs of the teacher that cost what PAIRS of the 2-rectified flow do
 # Flags, guidance of the teacher's pairs, learning rates of what starts at the teacher (reflow; direct) and of distillation after reflow, and budget.
 # As the pipeline has them, but with the paper's time, losses and guidance of the second pairs, and with larger rates for the raw start.
 REGIMES = {"raw": ("", 1.5, "1e-3", "1e-3", "5e-4", SHORT), "exact": ("--exact", 1.5, "5e-4", "3e-4", "3e-4", SHORT), "guided": ("--exact", 3, "5e-4", "3e-4", "3e-4", SHORT),
            "raw-long": ("", 1.5, "1e-3", "1e-3", "5e-4", LONG), "stacked": ("--stacked", 1.5, "1e-3", "1e-3", "5e-4", LONG)}
-
-
 LEFT_OUT = {"raw-long": "direct", "stacked": "direct-total"}            # the first has less of all than direct-total; the second would take as long as all other long ones
+
+
+def more(pairs):
+    """How many pairs of the teacher cost what so many of the 2-rectified flow do."""
+    return pairs * FLOW_STEPS // TEACHER_STEPS
 
 
 def routes(regime):
@@ -58,15 +60,16 @@ def train(script, model, pairs, out, length, lr, seed, flags):
 def pipeline(root, regime, seed):
     """Command lines of one regime and seed, in order."""
     flags, guidance, reflow, direct, after, (pairs, first, last) = REGIMES[regime]
-    more = pairs + pairs * FLOW_STEPS // TEACHER_STEPS
-    folder, theirs = f"{root}/{regime}-{seed}", {n: f"{root}/pairs-{guidance}-{n}" for n in (pairs, more)}
-    flow, captions = f"{root}/raw-long-{seed}" if regime == "stacked" else folder, "captions.txt" if pairs == PAIRS else "captions-long.txt"
-    lines = {"2rf": train("train_reflow.py", "models/mini-sd", theirs[pairs], f"{flow}/2rf", first, reflow, seed, flags.replace("--stacked", "")),
+    total, captions = pairs + more(pairs), "captions.txt" if pairs == PAIRS else "captions-long.txt"
+    folder, theirs = f"{root}/{regime}-{seed}", {n: f"{root}/pairs-{guidance}-{n}" for n in (pairs, total)}
+    single = "raw-long" if regime == "stacked" else regime                 # whose flow it is
+    flow = f"{root}/{single}-{seed}"
+    lines = {"2rf": train("train_reflow.py", "models/mini-sd", theirs[pairs], f"{flow}/2rf", first, reflow, seed, REGIMES[single][0]),
              "pairs": generate(root, f"{flow}/2rf", FLOW_STEPS, mini.GUIDANCE, pairs, f"{flow}/pairs", seed, captions),
              "reflowed": train("distill.py", f"{flow}/2rf", f"{flow}/pairs", f"{folder}/reflowed", last, after, seed, flags),
              "direct": train("distill.py", "models/mini-sd", theirs[pairs], f"{folder}/direct", last, direct, seed, flags),
-             "direct-total": train("distill.py", "models/mini-sd", theirs[more], f"{folder}/direct-total", first + last, direct, seed, flags)}
-    return [f"scenes.py --captions {more} --seed 1 --out {root}/{captions}",
+             "direct-total": train("distill.py", "models/mini-sd", theirs[total], f"{folder}/direct-total", first + last, direct, seed, flags)}
+    return [f"scenes.py --captions {total} --seed 1 --out {root}/{captions}",
             *(generate(root, "models/mini-sd", TEACHER_STEPS, guidance, n, out, captions=captions) for n, out in theirs.items()),
             *(line for what, line in lines.items() if what in ("2rf", "pairs", *routes(regime)))]
 
@@ -98,13 +101,13 @@ def line(name, rows):
 
 
 def escape(root, seeds, path):
-    """The raw start's loss near the noise against iterations, out of the trainings' logs, reflow's beside direct distillation's -> `path`, a PNG, and
-    the same numbers as .json."""
+    """The raw start's loss near the noise against iterations, out of the trainings' logs, reflow's beside direct distillation's, into one U-Net and
+    two -> `path`, a PNG, and the same numbers as .json."""
     lines = {}
     for seed in seeds:
-        for name, model, value in (("reflow", "2rf", lambda row: row["loss_by_t"][0]), ("direct", "direct-total", lambda row: row["loss"])):
-            rows = [json.loads(text) for text in (Path(root) / f"raw-long-{seed}" / model / "training" / "log.jsonl").read_text().splitlines()]
-            lines[f"{name}, seed {seed}"] = [([row["step"] for row in rows], [value(row) for row in rows])]
+        for name, regime, model in (("reflow", "raw-long", "2rf"), ("direct", "raw-long", "direct-total"), ("direct, two U-Nets", "stacked", "direct")):
+            rows = [json.loads(text) for text in (Path(root) / f"{regime}-{seed}" / model / "training" / "log.jsonl").read_text().splitlines()]
+            lines[f"{name}, seed {seed}"] = [([row["step"] for row in rows], [row["loss_by_t"][0] if model == "2rf" else row["loss"] for row in rows])]
     checkpoint.write(path.with_suffix(".json"), json.dumps(lines).encode())
     figures.curves(lines, [dict(xlabel="iterations", ylabel="squared error, a latent element", ylim=(0, 1.7), title="A U-Net that predicted noise learns velocity:\nby reflow (its loss at t < 0.1) and by direct distillation (t = 0)")], path)
 

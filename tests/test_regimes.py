@@ -42,7 +42,6 @@ def test_equal_is_equal(regime, seed):
     lines, folder = regimes.pipeline("runs/regimes", regime, seed), f"runs/regimes/{regime}-{seed}"
     parsed = {flag(words, "--out"): words for words in map(shlex.split, lines)}
     made = {route: parsed[f"{folder}/{route}"] for route in regimes.routes(regime)}
-    assert len(made) == (2 if regime in regimes.LEFT_OUT else 3)
     if "direct" in made:
         assert all(flag(made["reflowed"], name) == flag(made["direct"], name) for name in ("--iterations", "--batch"))
         assert flag(parsed[flag(made["reflowed"], "--pairs")], "--number") == flag(parsed[flag(made["direct"], "--pairs")], "--number")

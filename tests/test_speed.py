@@ -74,7 +74,6 @@ def test_a_packed_upsampling_is_the_upsampling(kind, dtype, tolerance):
         assert got.is_contiguous(memory_format=torch.channels_last)
 
 
-@torch.no_grad()
 @pytest.mark.parametrize("layout", (torch.contiguous_format, torch.channels_last))
 @pytest.mark.parametrize("there", (torch.bfloat16, torch.float32))
 @pytest.mark.parametrize("here", (torch.float16, torch.float32))
@@ -84,6 +83,7 @@ def test_a_converted_weight_is_what_torch_makes_of_it(here, there, layout):
     assert ours.dtype == there and torch.equal(ours, theirs) and ours.is_contiguous(memory_format=layout)
 
 
+@torch.no_grad()
 def test_packing_twice_and_a_part_before_the_whole():
     layer, x = vae.Upsample(8), torch.randn(1, 8, 4, 4)
     expected = layer(x)
