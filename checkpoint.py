@@ -3,6 +3,7 @@
 A file is written under a temporary name, synced and renamed: it is whole or absent. Tensors are written one by one and read
 back memory-mapped, since a checkpoint of the full-size model is 14 GB and every process on a machine reads it.
 """
+import io
 import json
 import os
 import re
@@ -35,6 +36,13 @@ def write(path, data):
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise OSError(error.errno, error.strerror, str(path)) from None
+
+
+def write_by(save, path, **how):
+    """What a library writes itself (`save`: image.save, figure.savefig), as `write` does, in the format of the path's ending."""
+    buffer = io.BytesIO()
+    save(buffer, format=Path(path).suffix[1:].lower().replace("jpg", "jpeg"), **how)
+    write(path, buffer.getvalue())
 
 
 def clean(folder):

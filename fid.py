@@ -35,7 +35,7 @@ from clip_score import Clip
 from inception import Inception
 from instaflow import InstaFlow, to_pil
 from judge import Judge
-from pictures import fit, from_folder, list_pictures, pair, read_captions, read_picture, shares, warn, warn_of, write_png
+from pictures import fit, from_folder, list_pictures, pair, read_captions, read_picture, shares, warn, warn_of
 
 PROTOCOLS = {"coco2017-5k": (5_000, 512), "coco2014-30k": (30_000, 256)}       # pictures, and pixels a side that both sets are brought to
 ENOUGH = 2_048                                             # pictures: with fewer, the covariance of Inception's features is singular
@@ -186,7 +186,7 @@ def from_model(model, captions, prepare, args, world):
                 with torch.no_grad(), training.autocast(model.device, args.float32):
                     states = model.text([*texts, ""])
                     images = to_pil(model.decode(model.solve(model.noise(args.seed, batch[0], len(batch)), states[:-1], states[-1:], args.steps, args.guidance)))
-                list(pool.map(write_png, paths, images))
+                list(pool.map(lambda path, image: training.write_by(image.save, path), paths, images))
             yield list(pool.map(prepare, images)), texts
 
 

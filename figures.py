@@ -8,6 +8,8 @@ from matplotlib.figure import Figure                       # without pyplot: no 
 from matplotlib.ticker import FixedLocator, LogLocator, NullLocator
 from PIL import Image
 
+from checkpoint import write_by
+
 # Colours that the colour-blind tell apart too (Okabe and Ito 2008); line and marker tell the same without any.
 STYLES = [dict(color=colour, marker=marker, linestyle=line) for colour, marker, line in zip(
     ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000"), "os^DvPX", ("-", "--", "-.", (0, (5, 1, 1, 1, 1, 1)), (0, (2, 1)), (0, (8, 2)), "-"))]
@@ -40,7 +42,7 @@ def curves(lines, panels, path, level=None, notes=()):
         panel.tick_params(labelsize=14)
         panel.grid(color="0.9")
     page.legend(*panel.get_legend_handles_labels(), loc="outside lower center", ncols=2 * len(panels), fontsize=14, handlelength=4)
-    page.savefig(path, dpi=90)
+    write_by(page.savefig, path, dpi=90)
 
 
 def sheet(rows, labels, columns, title, path):
@@ -56,7 +58,7 @@ def sheet(rows, labels, columns, title, path):
     for panel, column in zip(axes[0], columns):
         panel.set_title(textwrap.fill(column, 18), fontsize=14)
     page.suptitle(title, fontsize=15)
-    page.savefig(path, dpi=75, bbox_inches="tight")
+    write_by(page.savefig, path, dpi=75, bbox_inches="tight")
 
 
 # --- the flows in the plane ---
@@ -94,7 +96,7 @@ def coupling(truth, colours, rows, titles, path, lines=120):
         axes[row, 0].set_ylabel(name, fontsize=24)
         for panel, title, number in zip(axes[row], titles, [*numbers, *(number for _, number in samples)]):
             panel.set_title(f"{title}\n{number}" if row == 0 else number, fontsize=19)
-    page.savefig(path, dpi=75)
+    write_by(page.savefig, path, dpi=75)
 
 
 def particles(truth, colours, rows, path, frames=40, points=700):
@@ -113,4 +115,4 @@ def particles(truth, colours, rows, path, frames=40, points=700):
         buffer = io.BytesIO()
         page.savefig(buffer, dpi=80)
         pictures.append(Image.open(buffer).convert("RGB").quantize(32))
-    pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=[60] * frames + [2000], loop=0)
+    write_by(pictures[0].save, path, save_all=True, append_images=pictures[1:], duration=[60] * frames + [2000], loop=0)

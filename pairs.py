@@ -334,7 +334,7 @@ def preview(words):
     rows = np.linspace(0, len(data) - 1, min(args.number, len(data))).round().astype(int)
     _, latents, prompts = data.batch(rows)
     pictures = [to_pil(model.decode(x[None].to(model.device)))[0] for x in latents]
-    grid([pictures], None, [f"{i}: {prompt}" for i, prompt in zip(rows, prompts)]).save(args.out)
+    training.write_by(grid([pictures], None, [f"{i}: {prompt}" for i, prompt in zip(rows, prompts)]).save, args.out)
     print(args.out)
 
 

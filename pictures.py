@@ -1,5 +1,4 @@
 """Pictures and captions on disk, as an evaluation reads them: what is odd about them is handled with a warning, or named."""
-import io
 import json
 import os
 import re
@@ -15,7 +14,6 @@ from PIL import Image
 from tqdm import tqdm
 
 import cli
-import training
 from cli import UserError
 
 SUFFIXES = {".bmp", ".jpg", ".jpeg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}     # pytorch-fid's
@@ -107,12 +105,6 @@ def warn_of(seen, folder, size, generated):
         warn(f"the pictures of {folder} have different sizes (as {seen['mixed']}), and each is squeezed into Inception's square; --size N crops them to squares")
     if size and min(seen["size"]) < size:
         warn(f"the pictures of {folder} are {seen['size'][0]} x {seen['size'][1]} px and are enlarged to {size}")
-
-
-def write_png(path, image):
-    file = io.BytesIO()
-    image.save(file, "png")
-    training.write(path, file.getvalue())
 
 
 def read_captions(path, number=None):

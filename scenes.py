@@ -304,15 +304,15 @@ def main():
     args.out = args.out or Path("scenes" if args.pictures else "captions.txt")
     for path in filter(None, (args.captions and args.out, args.grid)):
         path.parent.mkdir(parents=True, exist_ok=True)
+    from checkpoint import write, write_by                 # here: it imports torch
     if args.captions:
-        from checkpoint import write                       # here: it imports torch. A file that a full disk cut would be one of fewer captions
         write(args.out, "".join(f"{line}\n" for line in captions(args.seed, args.start, args.captions, args.split)).encode())
     if args.pictures:
         args.out.mkdir(parents=True, exist_ok=True)
         for i in range(args.pictures):
-            draw(scene(args.seed, args.start + i, args.split)).save(args.out / f"{i:06d}.png")
+            write_by(draw(scene(args.seed, args.start + i, args.split)).save, args.out / f"{i:06d}.png")
     if args.grid:
-        grid(args.seed, split=args.split).save(args.grid)
+        write_by(grid(args.seed, split=args.split).save, args.grid)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import cli
-from checkpoint import clean, load_checkpoint, pack, resume, save_checkpoint, unpack, warn_of_little_room, write, write_tensors      # also for who imports `training`
+from checkpoint import clean, load_checkpoint, pack, resume, save_checkpoint, unpack, warn_of_little_room, write, write_by, write_tensors      # also for who imports `training`
 from log import Log, flops, hardware, made
 
 

@@ -252,7 +252,7 @@ def chart(rows, key, path, title):
         axes.margins(x=0.12)
         axes.tick_params(labelsize=8)
     figure.suptitle(title, fontsize=10)
-    figure.savefig(path, dpi=90)
+    checkpoint.write_by(figure.savefig, path, dpi=90)
 
 
 def main():

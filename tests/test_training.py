@@ -11,6 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
@@ -172,6 +174,26 @@ def test_a_write_that_fails_leaves_the_old_file(monkeypatch, tmp_path, fail, old
     assert not old or path.read_bytes() == old
     training.write(path, b"new")
     assert path.read_bytes() == b"new"
+
+
+@pytest.mark.parametrize("save", [Image.new("RGB", (9, 5)).save, Figure(figsize=(1, 1)).savefig])
+@pytest.mark.parametrize("name, head", [("a.png", b"\x89PNG"), ("a.JPG", b"\xff\xd8\xff")])
+def test_a_picture_is_of_its_endings_format_whole_or_not_there(monkeypatch, tmp_path, save, name, head):
+    with monkeypatch.context() as patch:
+        fail_full_disk(patch)
+        with pytest.raises(OSError, match=name):
+            checkpoint.write_by(save, tmp_path / name)
+    assert not list(tmp_path.iterdir())
+    checkpoint.write_by(save, tmp_path / name)
+    assert (tmp_path / name).read_bytes().startswith(head)
+
+
+@pytest.mark.parametrize("line", [("scenes.py", "--grid", "grid.png"), ("scenes.py", "--pictures", 2, "--out", "scenes")])
+def test_a_full_disk_leaves_no_half_picture(monkeypatch, tmp_path, command, line):
+    monkeypatch.chdir(tmp_path)
+    fail_full_disk(monkeypatch)
+    one_line(command(*line), ".png: No space left on device", "free some space")
+    assert not list(tmp_path.rglob("*.*"))
 
 
 def test_a_full_disk_is_one_line(monkeypatch, tmp_path, command, tiny):
