@@ -40,7 +40,8 @@ class Schedule:
     def index(self, t):
         """Float index [B] with the signal-to-noise ratio of flow time t [B], log-SNR interpolated linearly between
         whole indices, clamped at the schedule's ends -> (index, a, b), all float64 [B]."""
-        noisier, t = _noisier(self.alphas_cumprod, t.device), t.double()
+        t = t.to("cpu" if t.device.type == "mps" else t.device, torch.float64)               # Apple's GPUs have no float64
+        noisier = _noisier(self.alphas_cumprod, t.device)
         wanted = 2 * (torch.log1p(-t) - torch.log(t))                        # minus the log-SNR of the line at t
         i = torch.searchsorted(noisier, wanted).clamp(1, len(noisier) - 1)
         index = (i - 1 + (wanted - noisier[i - 1]) / (noisier[i] - noisier[i - 1])).clamp(0, len(noisier) - 1)
@@ -106,9 +107,10 @@ def velocity_from_eps(eps, schedule):
     """
     def v(z, t):
         shape = [-1] + [1] * (z.dim() - 1)
-        index, a, b = schedule.index(t)                                      # the index stays exact: bfloat16 would round 914.2 to 916
-        a, b = a.to(z.dtype).reshape(shape), b.to(z.dtype).reshape(shape)
+        index, a, b = schedule.index(t)
+        index = index.to(z.device, torch.promote_types(z.dtype, torch.float32))              # at least float32: bfloat16 would round 914.2 to 916
+        a, b = a.to(z).reshape(shape), b.to(z).reshape(shape)
         x = z / (t ** 2 + (1 - t) ** 2).sqrt().to(z.dtype).reshape(shape)    # a^2 + b^2 = 1: the ratio of the two paths' norms
-        e = eps(x, index)
+        e = eps(x, index).to(z.dtype)
         return (x - b * e) / a - e
     return v

@@ -105,10 +105,10 @@ def main():
         if world.rank == 0 and (step + 1) % args.sample_every == 0:
             with training.autocast(world.device, args.float32):
                 pictures = [flow.generate(PROMPTS, steps) for steps in (1, 4)]
-            grid(pictures, ["1 step", "4 steps"], PROMPTS).save(f"{folder}/samples-{step + 1:06d}.png")
+            training.write_by(grid(pictures, ["1 step", "4 steps"], PROMPTS).save, f"{folder}/samples-{step + 1:06d}.png")
     if world.rank == 0:
         flow.info |= {"trained_steps": [n for n in range(1, args.steps + 1) if args.steps % n == 0], "made": training.made(folder, args.seed)}
-        flow.save(args.out, dtype=torch.float16)
+        flow.save(args.out, dtype=torch.float16)           # as models are released; the checkpoints keep float32
     training.finish()
 
 

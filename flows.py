@@ -10,7 +10,7 @@ import torch
 def noise(stream, seed, index, shape):
     """X0 ~ N(0, I), named by stream, seed and index: float32 tensor of `shape`, the same on any device and in any batch.
 
-    stream: 0 sampling and evaluation, 1 pair generation, so that no noise of an evaluation was ever trained on;
+    stream: 0 sampling and evaluation, 1 pair generation, so that no student is evaluated on noise that it was trained on;
     seed and index: whole numbers >= 0. Raises ValueError where one is negative.
     """
     return torch.from_numpy(np.random.default_rng([stream, seed, index]).standard_normal(shape, dtype=np.float32))
@@ -86,11 +86,11 @@ def guided(velocity, context, null, alpha):
 
 
 def _grid(x, steps):
-    """The times 0, 1/N, ..., (N-1)/N, each as [B]."""
+    """The times 0, 1/N, ..., (N-1)/N, each as [B], in float32 or, for x in float64, that."""
     if steps < 1:
         raise ValueError(f"steps is {steps}; it must be at least 1")
     for i in range(steps):
-        yield torch.full((len(x),), i / steps, device=x.device)
+        yield torch.full((len(x),), i / steps, device=x.device, dtype=torch.promote_types(x.dtype, torch.float32))
 
 
 def euler(velocity, x0, steps, path=False):

@@ -17,11 +17,12 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+import checkpoint
 import diffusion
 import fast
 import flows
 import hub
-import training
+import log
 import weights
 from cli import UserError
 from text import TextConfig, TextTower
@@ -36,9 +37,8 @@ CONFIGS = {                                                # U-Net, VAE, text to
              VAEConfig(block_out_channels=(16, 32, 64), layers_per_block=1, norm_num_groups=4, sample_size=64),
              TextConfig(hidden_size=64, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4)),
 }
-# What the sample grids of every training show.
 PROMPTS = ["a red circle left of a blue square", "a small yellow star", "a large green heart above a small purple ring",
-           "a pink cross on a dark striped background", "a cyan diamond below an orange triangle", "a blue ring left of a red star and a green square above the red star"]
+           "a pink cross on a dark striped background", "a cyan diamond below an orange triangle", "a blue ring left of a red star and a green square above the red star"]      # of every training's sample grids
 SAMPLERS = {"euler": flows.euler, "heun": flows.heun, "ddim": diffusion.ddim, "dpm": diffusion.dpm_solver}
 FLOW_STEPS = 2                                             # Euler steps of the flow before its teacher takes over (solve_with)
 DEFAULTS = {"velocity": {"sampler": "euler", "steps": 25, "guidance": 1.5},      # the paper's 2-rectified flow
@@ -114,27 +114,28 @@ class InstaFlow:
         return cls(*(m.eval() for m in modules), {"prediction": "velocity"}).to("cpu")
 
     def save(self, path, self_contained=False, dtype=None):
-        """Write the folder. VAE and text tower are written too where they came from no folder or self_contained is set;
-        else instaflow.json points at theirs. A path that ends in .safetensors becomes one file in the ldm layout, which the
+        """Write the folder. VAE and text tower are written too where they came from no folder, or are no longer as it has them, or self_contained
+        is set; else instaflow.json points at theirs. A path that ends in .safetensors becomes one file in the ldm layout, which the
         usual programs read. dtype: of the weights on disk, None their own."""
         self.check_weights("save it")
         path, info = Path(path), {k: v for k, v in self.info.items() if not k.startswith("base")}
         if path.suffix == ".safetensors":
             return weights.save_single_file(path, self.unet, self.vae, self.text, info, dtype)
         weights.save_module(self.unet, path / "unet", weights.UNET_FILE, dtype)
-        if self.base is None or self_contained or self.base.resolve() == path.resolve():
+        if self.base is None or self_contained or self.base.resolve() == path.resolve() or not weights.holds(self.base, self.vae, self.text):
             weights.save_module(self.vae, path / "vae", weights.VAE_FILE, dtype)
             weights.save_module(self.text, path / "text_encoder", weights.TEXT_FILE, dtype)
         else:
             info |= {"base": os.path.relpath(self.base, path), "base_weights": weights.checksum(self.base, "vae", "text_encoder")}
-        training.write(path / "instaflow.json", (json.dumps(info, indent=2) + "\n").encode())
+        checkpoint.write(path / "instaflow.json", (json.dumps(info, indent=2) + "\n").encode())
 
     def check_weights(self, purpose):
         """Raises UserError where they are packed."""
         if not all(p.numel() for module in (self.unet, self.vae, self.text) for p in module.parameters()):
             raise UserError(f"this model's weights are packed for sampling (fast.pack), and no longer as a file has them; load it again to {purpose}")
 
-    def to(self, device, dtype=torch.float32):
+    def to(self, device, dtype=None):
+        """Every module to a device, and to a dtype (None: each its own) -> self. Without gradients from then on."""
         for module in (self.unet, self.vae, self.text):
             fast.place(module, device, dtype)
         return self
@@ -151,8 +152,8 @@ class InstaFlow:
         return self.vae.config.scaling_factor
 
     def velocity(self, x, t, context, net=None):
-        """v(x, t | T): x [B, 4, h, w], t [B] in [0, 1], context [B, L, C] -> [B, 4, h, w]. A noise predictor is
-        converted exactly (diffusion.velocity_from_eps). net: what computes the U-Net's output in training (DDP around it)."""
+        """v(x, t | T): x [B, 4, h, w], t [B] in [0, 1], context [B, L, C] -> [B, 4, h, w], by one call of the U-Net. A noise predictor is
+        converted exactly (diffusion.velocity_from_eps), on a CPU at t = 0 by B calls. net: what computes the U-Net's output in training (DDP around it)."""
         net = net or self.unet
         if self.info["prediction"] == "velocity":
             return net(x, timestep(t), context)
@@ -173,8 +174,8 @@ class InstaFlow:
     def operations(self):
         """Floating point operations of one forward pass for one picture of the trained size -> {"unet": int, "decoder": int}."""
         latent, unet, vae, length = (1, *self.latent_shape()), self.unet.config, self.vae.config, self.text.config.max_position_embeddings
-        return {"unet": training.flops(lambda: type(self.unet)(unet)(torch.empty(latent), torch.empty(1), torch.empty(1, length, unet.cross_attention_dim))),
-                "decoder": training.flops(lambda: VAE(vae).decode(torch.empty(latent)))}
+        return {"unet": log.flops(lambda: type(self.unet)(unet)(torch.empty(latent), torch.empty(1), torch.empty(1, length, unet.cross_attention_dim))),
+                "decoder": log.flops(lambda: VAE(vae).decode(torch.empty(latent)))}
 
     def noise(self, seed, first, n, height=None, width=None, stream=0):
         """The noise of pictures first, first + 1, ... -> [n, 4, h, w]."""
@@ -242,8 +243,8 @@ class InstaFlow:
         """-> scaled latents [B, 4, h, w] of list[str]; picture i starts from noise(0, seed, first + i). A str is a ValueError."""
         if isinstance(prompts, str) or not prompts:
             raise ValueError("prompts must be a list of at least one str")
-        x0 = self.noise(seed, first, len(prompts), height, width)
         self.check_steps(steps)
+        x0 = self.noise(seed, first, len(prompts), height, width)
         unguided = (self.info["guidance"] if guidance is None else guidance) == 1
         known = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts if unguided else [*prompts, negative]))}
         states = self.read(list(known))                    # each different prompt once
@@ -262,7 +263,7 @@ class InstaFlow:
     def check_steps(self, steps):
         """Warn on stderr where a student is asked for other numbers of steps than it was trained for: its pictures may break."""
         trained = self.info.get("trained_steps", [])
-        if steps is not None and trained and steps not in trained:
+        if steps and trained and steps not in trained:
             print(f"warning: this model was distilled for {', '.join(map(str, trained))} step{'s' * (trained != [1])}; with {steps} its pictures may get worse, not better", file=sys.stderr)
 
     @torch.no_grad()

@@ -7,6 +7,7 @@ import math
 import os
 import platform
 import re
+import shlex
 import sys
 import time
 from collections import deque
@@ -18,7 +19,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 import cli
-from checkpoint import write
+from checkpoint import write, write_by
 
 # Dense bf16 FLOP/s by NVIDIA's data sheets, for names as torch.cuda.get_device_name() gives them; the first that fits.
 PEAKS = (("H200", 989e12), ("H100 PCIe", 756e12), ("H100 NVL", 835e12), ("H100", 989e12), ("A100", 312e12), ("L40S", 362e12), ("RTX 4090", 165e12))
@@ -101,7 +102,7 @@ class Log:
             centres = (np.arange(self.bins) + 0.5) / self.bins
             axes[0, 1].plot(centres, blank(binned[-1]["loss_by_t"]), "o-")
             axes[0, 1].set(xlabel="t (0 noise, 1 image)", ylabel="loss", title=f"by time, at iteration {binned[-1]['step']}")
-        figure.savefig(self.path.with_suffix(".png"), dpi=90)
+        write_by(figure.savefig, self.path.with_suffix(".png"), dpi=90)
 
 
 def _json(line):
@@ -146,5 +147,5 @@ def hardware():
 def made(folder, seed):
     """Where a model comes from, for its JSON: command, seed, hardware, seconds (from the log: over all restarts, lost work not counted), date."""
     lines = filter(None, map(_json, (Path(folder) / "log.jsonl").read_text().splitlines()))
-    return {"command": " ".join(["python", *sys.argv]), "processes": int(os.environ.get("WORLD_SIZE", 1)), "seed": seed, "hardware": hardware(),
+    return {"command": shlex.join(["python", *sys.argv]), "processes": int(os.environ.get("WORLD_SIZE", 1)), "seed": seed, "hardware": hardware(),
             "seconds": round(sum(line.get("seconds", 0) for line in lines)), "date": time.strftime("%Y-%m-%d")}

@@ -220,7 +220,7 @@ def train_teacher(out, world, compiled=False):
         log.add(losses, 1 - index / 1000, where=float(miss.detach()), gradient=training.optimiser_step(optimizer, teacher, lr))
         if world.rank == 0 and (step + 1) % s.sample_every == 0:
             drawn = InstaFlow(ema.unet, vae, ema.text, info).generate(PROMPTS)
-            grid([drawn], None, PROMPTS).save(f"{out}/training/teacher/samples-{step + 1:06d}.png")
+            training.write_by(grid([drawn], None, PROMPTS).save, f"{out}/training/teacher/samples-{step + 1:06d}.png")
     made = [training.made(f"{out}/training/{stage}", s.seed) for stage in ("vae", "teacher")]
     model = InstaFlow(ema.unet.eval(), vae, ema.text.eval(), {**info, "made": {**made[1], "seconds": made[0]["seconds"] + made[1]["seconds"]}})
     if world.rank == 0:

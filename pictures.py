@@ -50,7 +50,8 @@ def read_picture(path, seen):
         raise UserError(f"{path} is no whole picture ({error}); fetch or make it again, or move it away") from None
     if deep:
         raise UserError(f"{path} has more than 8 bits a pixel; convert it to 8 bits")
-    for name, found in (("alpha", transparent), ("jpeg", kind == "JPEG"), ("mixed", seen.setdefault("size", rgb.size) != rgb.size)):
+    black = not deep and not any(most for _, most in rgb.getextrema())
+    for name, found in (("alpha", transparent), ("jpeg", kind == "JPEG"), ("black", black), ("mixed", seen.setdefault("size", rgb.size) != rgb.size)):
         if found:
             seen.setdefault(name, path)
     return rgb
@@ -101,6 +102,8 @@ def warn_of(seen, folder, size, generated):
         warn(f"{seen['alpha']} (and maybe more) has an alpha channel, which is dropped, as pytorch-fid does")
     if "jpeg" in seen and generated:
         warn(f"{seen['jpeg']} is a JPEG, and its compression shifts FID; write generated pictures as PNG")
+    if "black" in seen:
+        warn(f"{seen['black']} (and maybe more) is all black, as a safety checker leaves a picture; such pictures raise FID")
     if "mixed" in seen and not size:
         warn(f"the pictures of {folder} have different sizes (as {seen['mixed']}), and each is squeezed into Inception's square; --size N crops them to squares")
     if size and min(seen["size"]) < size:

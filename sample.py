@@ -39,7 +39,7 @@ import lora
 from cli import UserError
 from instaflow import InstaFlow, grid, to_pil
 
-HERE = Path(__file__).resolve().parent / "models"
+MODELS = Path(__file__).resolve().parent / "models"
 COMPARISON = ["mini-sd:25", "mini-sd:1", "mini-2rf:25", "mini-2rf:1", "mini-direct:1", "mini-instaflow:1", "mini-instaflow:4"]    # MODEL:STEPS, a row each
 
 
@@ -227,7 +227,7 @@ def arguments():
     add("--frames", type=cli.positive, help="with --interpolate (default: 8)")
     add("--compare", nargs="?", const=",".join(COMPARISON), metavar="MODEL:STEPS,...", help="one row a model and number of steps, from the same noise (default: the shipped ones)")
     args = parser.parse_intermixed_args()
-    if args.compare and (HERE / args.compare).is_dir():
+    if args.compare and (MODELS / args.compare).is_dir():
         parser.error(f"--compare {args.compare}: write MODEL:STEPS, as in {args.compare}:25")
     if args.compare and ":" not in args.compare:           # `--compare "a prompt" ...`
         args.prompt, args.compare = [args.compare, *args.prompt], ",".join(COMPARISON)
@@ -250,7 +250,7 @@ def arguments():
     if args.num > 1 and (args.compare or args.interpolate):
         parser.error("--num is of single pictures; leave it out with --compare and --interpolate")
     if args.model is None:
-        args.model = args.random_weights or str(HERE / "mini-instaflow")
+        args.model = args.random_weights or str(MODELS / "mini-instaflow")
     for prompt in [*args.prompt, args.negative]:
         try:
             prompt.encode()
@@ -271,7 +271,7 @@ def compare(args):
         path, _, steps = item.rpartition(":")
         if not path or not steps.isdecimal() or int(steps) < 1:
             raise UserError(f"--compare {item}: write MODEL:STEPS, as in models/mini-sd:25")
-        model = load(HERE / path if (HERE / path).exists() and not Path(path).exists() else path, args, int(steps))
+        model = load(MODELS / path if (MODELS / path).exists() and not Path(path).exists() else path, args, int(steps))
         rows.append(list(pictures(model, prompts, args, int(steps))))
         labels.append(f"{Path(path).name}\n{steps} step{'s' * (int(steps) > 1)}")
     print(write_png(grid(rows, labels, prompts), args.out, args, prompt=prompts, seed=args.seed, compare=args.compare))

@@ -87,7 +87,9 @@ def _ids(prompt, length):
 
 
 def tokenize(prompts, length=77):
-    """Token ids, int64 [B, length]: START, the text, END up to the length. A prompt that is too long is cut, with a
-    warning on stderr that names what was cut."""
+    """list[str] -> token ids, int64 [B, length]: START, the text, END up to the length. A prompt that is too long is cut, with a
+    warning on stderr that names what was cut, once. A str is a ValueError."""
+    if isinstance(prompts, str):
+        raise ValueError("prompts must be a list of str")
     rows = [[START, *ids, *[END] * (length - 1 - len(ids))] for ids in (_ids(prompt, length) for prompt in prompts)]
     return torch.tensor(rows, dtype=torch.long).reshape(len(rows), length)

@@ -194,8 +194,8 @@ def ahead(draw):
 
 
 def step_generator(seed, step):
-    """numpy's generator of everything else that `step` draws: times, dropped prompts, noise."""
-    return np.random.default_rng([seed, step, 1])          # the third number keeps clear of batch_indices' streams
+    """numpy's generator of everything else that `step` draws: times, dropped prompts, and, for the miniature's teacher and VAE, noise."""
+    return np.random.default_rng([seed, step, 1])          # with a third number, or it would be the order of epoch `step`
 
 
 # --- the recipe: what both train_reflow.py and distill.py can be told ---
@@ -209,8 +209,8 @@ def add_flags(parser):
     add("--warmup", type=cli.seed, default=1000, help="steps until the learning rate is reached")
     add("--cosine", action="store_true", help="let the learning rate fall to zero; the paper keeps it constant")
     add("--weight-decay", type=cli.number(0), default=1e-2, help="AdamW's")
-    add("--clip", type=cli.number(0), default=1.0, help="norm that a larger gradient is scaled down to")
-    add("--explode", type=cli.number(0), default=1000.0, help="norm above which a gradient is not used: the step is skipped")
+    add("--clip", type=cli.number(1e-9), default=1.0, help="norm that a larger gradient is scaled down to (1e9: none is)")
+    add("--explode", type=cli.number(1e-9), default=1000.0, help="norm above which a gradient is not used: the step is skipped")
     add("--ema", type=cli.number(0, 1), default=0.9999, help="decay of the average of the weights, which is what is saved")
     add("--seed", type=cli.seed, default=0, help="of the data's order, t and dropped prompts")
     add("--log-every", type=cli.positive, default=50)

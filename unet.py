@@ -4,7 +4,7 @@ Attribute names are the key paths of the diffusers layout, so its files load wit
 Classes go from small to large: ResnetBlock and Transformer make the blocks, the blocks make the U-Net.
 """
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -33,7 +33,9 @@ class UNetConfig:
              "class_embed_type": None, "addition_embed_type": None, "num_class_embeds": None, "encoder_hid_dim": None,
              "time_embedding_type": "positional", "resnet_time_scale_shift": "default", "transformer_layers_per_block": 1,
              "mid_block_type": "UNetMidBlock2DCrossAttn", "conv_in_kernel": 3, "conv_out_kernel": 3, "time_cond_proj_dim": None,
-             "resnet_skip_time_act": False, "upcast_attention": False, "num_attention_heads": None, "attention_type": "default"}
+             "resnet_skip_time_act": False, "upcast_attention": False, "num_attention_heads": None, "attention_type": "default",
+             "resnet_out_scale_factor": 1, "timestep_post_act": None, "time_embedding_act_fn": None, "time_embedding_dim": None,
+             "cross_attention_norm": None, "mid_block_only_cross_attention": None}
 
     @classmethod
     def from_dict(cls, config):
@@ -304,7 +306,7 @@ class StackedUNet(nn.Module):
 
     def __init__(self, config=UNetConfig()):
         super().__init__()
-        self.config = config
+        self.config = replace(config, stacked=True)
         self.first, self.second = UNet(config), UNet(config)
         del self.first.conv_norm_out, self.first.conv_out, self.second.conv_in
 
@@ -312,7 +314,7 @@ class StackedUNet(nn.Module):
     def from_unet(cls, unet):
         """Both halves start as copies of `unet`."""
         with torch.device("meta"):
-            stacked = cls(type(unet.config)(**{**unet.config.__dict__, "stacked": True}))
+            stacked = cls(unet.config)
         weights = unet.state_dict()
         for half in (stacked.first, stacked.second):
             half.load_state_dict({k: weights[k].clone() for k in half.state_dict()}, assign=True)

@@ -29,7 +29,7 @@ class VAEConfig:
         for key, value in fixed.items():
             if config.get(key, value) != value:
                 raise ValueError(f"VAE config: {key} is {config[key]!r}, but Stable Diffusion 1.x's VAE has {value!r}")
-        scale = config.get("scaling_factor", 1.0)
+        scale = config.get("scaling_factor", cls.scaling_factor)
         if type(scale) not in (int, float) or not 0 < scale < float("inf"):
             raise ValueError(f"VAE config: scaling_factor is {scale!r}; it must be a number above 0")
         return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in config.items() if k in cls.__dataclass_fields__})

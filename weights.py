@@ -7,7 +7,7 @@
 Every key must be used, every shape match and every dtype be floating point, or a UserError names the file and the
 key. A pickle that could run code is never loaded. Files are memory-mapped, and weights already in the requested dtype stay
 on disk until they are used: they are changed in memory only, and a file must not be overwritten in place
-meanwhile (writing a new one and renaming it, as `training.write` does, is safe).
+meanwhile (writing a new one and renaming it, as `checkpoint.write` does, is safe).
 """
 import json
 import os
@@ -20,8 +20,8 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
+import checkpoint
 import names
-import training
 from cli import UserError
 from names import text_from_transformers, text_to_transformers
 from text import TextConfig, TextTower
@@ -182,7 +182,13 @@ def checksum(path, *parts):
 def same(a, b):
     """Whether two modules have the same weights in float16, in which a student's folder may have its teacher's."""
     a, b = a.state_dict(), b.state_dict()
-    return a.keys() == b.keys() and all(a[key].shape == b[key].shape and torch.equal(a[key].half(), b[key].half()) for key in a)
+    return a.keys() == b.keys() and all(a[key].shape == b[key].shape and torch.equal(a[key].half().cpu(), b[key].half().cpu()) for key in a)
+
+
+def holds(folder, vae, text):
+    """Whether VAE and text tower still are those of a model folder."""
+    read = lambda load, part, module: load(folder / part, next(module.parameters()).dtype)
+    return same(vae, read(load_vae, "vae", vae)) and same(text, read(load_text, "text_encoder", text))
 
 
 # --- tensors into modules ---
@@ -262,8 +268,8 @@ def load_text(folder, dtype=torch.float32):
 def save_module(module, folder, file, dtype=None):
     """config.json and weights, contiguous, in `dtype` (None: the module's own)."""
     tensors = module.state_dict() if not isinstance(module, TextTower) else text_to_transformers(module.state_dict())
-    training.write(Path(folder) / "config.json", (json.dumps(module.config.to_dict(), indent=2) + "\n").encode())
-    training.write_tensors(Path(folder) / file, tensors, dtype=dtype)
+    checkpoint.write(Path(folder) / "config.json", (json.dumps(module.config.to_dict(), indent=2) + "\n").encode())
+    checkpoint.write_tensors(Path(folder) / file, tensors, dtype=dtype)
 
 
 # --- single files ---
@@ -321,4 +327,4 @@ def save_single_file(path, unet, vae, text, info, dtype=None):
         tensors[names.LDM["vae"] + names.ldm_vae(key, vae.config)] = value[:, :, None, None] if matrix else value
     tensors |= {names.LDM["text_encoder"] + key: value for key, value in text_to_transformers(text.state_dict()).items()}
     told = {"info": info, "unet": unet.config.to_dict(), "vae": vae.config.to_dict(), "text_encoder": text.config.to_dict()}
-    training.write_tensors(path, tensors, {"instaflow": json.dumps(told)}, dtype)
+    checkpoint.write_tensors(path, tensors, {"instaflow": json.dumps(told)}, dtype)

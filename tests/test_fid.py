@@ -417,9 +417,10 @@ def test_odd_files_in_a_folder_are_named(world, line, command, tmp_path):
     (tmp_path / "mine" / "notes.txt").write_text("")
     Image.open(world / "real" / "0.png").save(tmp_path / "mine" / "11.jpg")
     Image.open(world / "real" / "1.png").convert("LA").save(tmp_path / "mine" / "12.png")
+    Image.new("L", Image.open(world / "real" / "0.png").size).save(tmp_path / "mine" / "14.png")
     status, out, err = command("fid.py", tmp_path / "mine", world / "real", *line)
-    assert status == 0 and "13 of" in out
-    for word in ("no pictures: notes.txt\n", "11.jpg is a JPEG", "12.png (and maybe more) has an alpha channel"):
+    assert status == 0 and "14 of" in out
+    for word in ("no pictures: notes.txt\n", "11.jpg is a JPEG", "12.png (and maybe more) has an alpha channel", "14.png (and maybe more) is all black"):
         assert word in err
     (tmp_path / "mine" / "13.png").write_bytes((world / "real" / "0.png").read_bytes()[:200])
     status, out, err = command("fid.py", tmp_path / "mine", world / "real", *line)

@@ -330,3 +330,9 @@ def test_straightness_takes_a_hundred_steps_and_leaves_its_argument_alone():
     assert torch.equal(x0, before)
     assert len({round(t[0].item(), 6) for t in velocity.times}) == 100
     torch.testing.assert_close(s, flows.straightness(gaussian_velocity, x0, steps=100))
+
+
+@pytest.mark.parametrize("solver, sum_of_times", [(flows.euler, 0.45), (flows.heun, 0.5)])
+def test_times_are_as_exact_as_the_points(solver, sum_of_times):
+    end = solver(lambda x, t: t[:, None].expand_as(x), torch.zeros(2, 3, dtype=torch.float64), 10)      # dx/dt = t
+    assert (end - sum_of_times).abs().max() < 1e-14

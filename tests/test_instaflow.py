@@ -363,6 +363,22 @@ def test_saved_over_itself_a_model_keeps_its_parts(tiny, flow, tmp_path, monkeyp
     assert_same(InstaFlow.load("m"), model)
 
 
+@pytest.mark.parametrize("part", ["vae", "text"])
+def test_a_changed_vae_or_text_tower_is_saved_too(tiny, tmp_path, part):
+    shutil.copytree(tiny, tmp_path / "models")
+    model = InstaFlow.load(tmp_path / "models" / "flow")
+    with torch.no_grad():
+        next(getattr(model, part).parameters()).add_(1)
+    model.save(tmp_path / "models" / "changed")
+    assert_same(InstaFlow.load(tmp_path / "models" / "changed"), model)
+
+
+def test_to_a_device_keeps_the_dtype(tiny):
+    model = InstaFlow.load(tiny / "flow", dtype=torch.bfloat16).to("cpu")
+    assert {p.dtype for module in (model.unet, model.vae, model.text) for p in module.parameters()} == {torch.bfloat16}
+    assert next(model.to("cpu", torch.float32).unet.parameters()).dtype == torch.float32
+
+
 def test_self_contained_needs_no_base(tiny, flow, tmp_path):
     shutil.copytree(tiny, tmp_path / "models")
     InstaFlow.load(tmp_path / "models" / "flow").save(tmp_path / "alone", self_contained=True)

@@ -78,6 +78,11 @@ def test_tokens_repeat_whatever_came_before():
     assert torch.equal(text.tokenize(["dog", "a cat"])[1:], alone)
 
 
+def test_one_prompt_is_no_list_of_letters():
+    with pytest.raises(ValueError, match="list of str"):
+        text.tokenize("a cat")
+
+
 def test_truncation_warns_and_names_what_was_cut(capsys):
     prompts = [" ".join(["cat"] * 75), " ".join(["cat"] * 73 + ["red", "circle", "purple", "hexagon"])]
     text.tokenize(prompts[:1])
