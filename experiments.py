@@ -99,8 +99,8 @@ def guidance(args):
         print(f"{name}: exact match {row['exact']:.3f}, FID {row['fid']:.2f}")
     import figures                                         # matplotlib, only where a figure is drawn
     figures.curves({item: [[[kept[point(item, alpha)][measure] for alpha in args.values] for measure in ("exact", "fid")]] for item, *_ in rows}, [dict(
-        title=f"At the points: guidance strength (w on noise, α on velocity)\n{args.n} captions; VAE reconstructions: {kept[FLOOR]['exact']:.3f}, {kept[FLOOR]['fid']:.2f}",
-        xlabel="exact match (share of captions shown; right is better)", ylabel="FID in the judge's features (low is better)", yscale="log")],
+        title=f"Beside each point: the guidance\n{args.n} captions; VAE reconstructions: {kept[FLOOR]['exact']:.3f}, {kept[FLOOR]['fid']:.2f}",
+        xlabel="exact match (share of captions drawn exactly; right is better)", ylabel="FID in the judge's features (low is better)", yscale="log")],
         args.out, notes=[f"{alpha:g}" for alpha in args.values])
 
 
@@ -127,7 +127,7 @@ def against(args, kept, points, values, title, **axis):
     import figures
     points = points | {FLOOR: [FLOOR] * len(values)}
     lines = {line: [(values, [kept[name][measure] for name in names]) for measure in ("exact", "fid")] for line, names in points.items()}
-    figures.curves(lines, [dict(axis, title=title, ylabel="exact match (share of captions shown)", ylim=(-0.02, 1.02)),
+    figures.curves(lines, [dict(axis, title=title, ylabel="exact match (share of captions drawn exactly)", ylim=(-0.02, 1.02)),
                            dict(axis, ylabel="FID in the judge's features (low is better)", yscale="log")], args.out, FLOOR)
 
 
@@ -154,7 +154,7 @@ def where(args):
     wanted = {FLOOR: evaluation.floor(rows[0][2])}
     for whose, (_, name, model, _) in zip(teachers, rows):
         wanted |= {point: evaluation.continued(point, model, Path(args.models), whose, t) for point, t in zip(points[name], args.times)}
-    against(args, keep(beside(args), wanted), points, args.times, f"{args.n} captions, no guidance; at t = 1 the teacher's own ends", xlabel="where the flow starts: t, on the line to its teacher's end")
+    against(args, keep(beside(args), wanted), points, args.times, f"{args.n} captions, no guidance; at t = 1 the teacher's ends, as for pairs", xlabel="where the flow starts: t, on the line to its teacher's end")
 
 
 @torch.no_grad()

@@ -109,7 +109,7 @@ def escape(root, seeds, path):
             rows = [json.loads(text) for text in (Path(root) / f"{regime}-{seed}" / model / "training" / "log.jsonl").read_text().splitlines()]
             lines[f"{name}, seed {seed}"] = [([row["step"] for row in rows], [row["loss_by_t"][0] if model == "2rf" else row["loss"] for row in rows])]
     checkpoint.write(path.with_suffix(".json"), json.dumps(lines).encode())
-    figures.curves(lines, [dict(xlabel="iterations", ylabel="squared error, a latent element", ylim=(0, 1.7), title="A U-Net that predicted noise learns velocity:\nby reflow (its loss at t < 0.1) and by direct distillation (t = 0)")], path)
+    figures.curves(lines, [dict(xlabel="iterations", ylabel="squared error, a latent element", ylim=(0, 1.7), title="U-Nets that predicted noise learn velocity:\nreflow's loss at t < 0.1, direct distillation's at t = 0")], path)
 
 
 def arguments(doc, out):

@@ -235,19 +235,19 @@ def table(rows, key):
     return lines
 
 
-def chart(rows, key, path, title):
-    """Bars of the first dtype, a panel a stage and batch, beside the floor: the stage's operations at the ceiling."""
+def chart(rows, path, title):
+    """Bars of the first dtype, seconds by the clock, a panel a stage and batch, beside the floor: the stage's operations at the ceiling."""
     from matplotlib.figure import Figure
     rows = [row for row in rows if row["dtype"] == rows[0]["dtype"]]
-    unit, times = ("ms", 1000) if max(t[key] for row in rows for t in row["times"].values()) < 1 else ("s", 1)
+    unit, times = ("ms", 1000) if max(t["s"] for row in rows for t in row["times"].values()) < 1 else ("s", 1)
     figure = Figure(figsize=(10, 1.5 * len(rows) + 0.6), layout="constrained")
     for axes, row in zip(figure.subplots(len(rows), 1, squeeze=False)[:, 0], rows):
         names, head = list(row["times"])[::-1], f"{row['stage']}, {row['dtype']}, batch {row['batch']}" + f", {row['steps']} steps" * (row["steps"] > 1)
-        bars = axes.barh(names, [times * row["times"][n][key] for n in names], color=["tab:blue" if n.startswith("ours") else "tab:orange" for n in names])
-        axes.bar_label(bars, [f" {times * row['times'][n][key]:.3g} {unit}" for n in names], fontsize=8)
+        bars = axes.barh(names, [times * row["times"][n]["s"] for n in names], color=["tab:blue" if n.startswith("ours") else "tab:orange" for n in names])
+        axes.bar_label(bars, [f"{times * row['times'][n]['s']:.3g} {unit}" for n in names], fontsize=8, padding=3, bbox=dict(color="white", pad=0.5), zorder=3)
         if "tflop" in row:
-            axes.axvline(times * row[f"floor_{key}"], color="black", linestyle="--")
-            head += f"; dashed: {row['tflop']:.3g} TFLOP at the ceiling, {times * row[f'floor_{key}']:.2g} {unit}"
+            axes.axvline(times * row["floor_s"], color="black", linestyle="--")
+            head += f"; dashed: {row['tflop']:.3g} TFLOP at the ceiling, {times * row['floor_s']:.2g} {unit}"
         axes.set_title(head, fontsize=9, loc="left")
         axes.margins(x=0.12)
         axes.tick_params(labelsize=8)
@@ -297,9 +297,8 @@ def main():
             for row in measured(folder, makers, args, bar):
                 rows = [other for other in rows if name(other) != name(row)] + [row | {"date": time.strftime("%Y-%m-%d"), "command": " ".join(["python", *sys.argv])}]
                 checkpoint.write(path, (json.dumps(facts | {"rows": rows}, indent=1) + "\n").encode())
-    key = "cpu_s" if kind == "cpu" else "s"
-    chart(rows, key, path.with_suffix(".png"), f"{args.config}, {'processor time' if kind == 'cpu' else 'time'}: {facts['hardware']}, {facts['threads']} threads, {rows[-1]['date']}")
-    print("\n".join(table(rows, key)))
+    chart(rows, path.with_suffix(".png"), f"{args.config}: {facts['hardware']}, {facts['threads']} threads, {rows[-1]['date']}")
+    print("\n".join(table(rows, "cpu_s" if kind == "cpu" else "s")))
 
 
 if __name__ == "__main__":
