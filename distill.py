@@ -67,7 +67,7 @@ def main():
     cli.another(args.out, args.model)
     world = training.start(args.device, hours=1)
     data, model = PairDataset(args.pairs), InstaFlow.load(args.model, world.device, prediction=args.prediction)
-    data.check(model, args.model, seen=bool(model.info.get("trained_steps")))
+    data.check(model, args.model, seen=bool(model.info["trained_steps"]))
     distance = LPIPS(args.vgg, args.linear).to(world.device) if args.loss == "lpips" else None
     stack = args.stacked and not model.unet.config.stacked
     if stack and args.exact:

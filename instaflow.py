@@ -41,8 +41,8 @@ PROMPTS = ["a red circle left of a blue square", "a small yellow star", "a large
            "a pink cross on a dark striped background", "a cyan diamond below an orange triangle", "a blue ring left of a red star and a green square above the red star"]      # of every training's sample grids
 SAMPLERS = {"euler": flows.euler, "heun": flows.heun, "ddim": diffusion.ddim, "dpm": diffusion.dpm_solver}
 FLOW_STEPS = 2                                             # Euler steps of the flow before its teacher takes over (solve_with)
-DEFAULTS = {"velocity": {"sampler": "euler", "steps": 25, "guidance": 1.5},      # the paper's 2-rectified flow
-            "epsilon": {"sampler": "dpm", "steps": 25, "guidance": 7.5}}         # Stable Diffusion
+DEFAULTS = {"velocity": {"sampler": "euler", "steps": 25, "guidance": 1.5, "trained_steps": []},      # the paper's 2-rectified flow
+            "epsilon": {"sampler": "dpm", "steps": 25, "guidance": 7.5, "trained_steps": []}}         # Stable Diffusion
 
 
 def timestep(t):
@@ -63,7 +63,7 @@ class InstaFlow:
             raise UserError(f"the U-Net attends to states {unet.config.cross_attention_dim} wide, and the text tower's are {text.config.hidden_size}: they are of two models")
         if {unet.config.in_channels, unet.config.out_channels} != {vae.config.latent_channels}:
             raise UserError(f"the U-Net takes {unet.config.in_channels} channels and the VAE's latents have {vae.config.latent_channels}: they are of two models, or it is an inpainting model")
-        trained = self.info.get("trained_steps", [])
+        trained = self.info["trained_steps"]               # by distillation; [] where any number will do
         if type(trained) is not list or any(type(n) is not int or n < 1 for n in trained):
             raise UserError(f"trained_steps is {trained!r}; it must be a list of whole numbers of at least 1")
         if not isinstance(self.info["sampler"], str) or self.info["sampler"] not in SAMPLERS:
@@ -262,7 +262,7 @@ class InstaFlow:
 
     def check_steps(self, steps):
         """Warn on stderr where a student is asked for other numbers of steps than it was trained for: its pictures may break."""
-        trained = self.info.get("trained_steps", [])
+        trained = self.info["trained_steps"]
         if steps and trained and steps not in trained:
             print(f"warning: this model was distilled for {', '.join(map(str, trained))} step{'s' * (trained != [1])}; with {steps} its pictures may get worse, not better", file=sys.stderr)
 

@@ -214,7 +214,7 @@ def make(words):
     prompts = cli.Prompts(args.prompts)
     model = InstaFlow.load(args.model, world.device, prediction=args.prediction)
     teacher = InstaFlow.load(args.finish, world.device, prediction="epsilon") if args.finish else None
-    if teacher and ("trained_steps" in teacher.info or [weights.same(getattr(teacher, part), getattr(model, part)) for part in ("unet", "vae", "text")] != [False, True, True]):
+    if teacher and (teacher.info["trained_steps"] or [weights.same(getattr(teacher, part), getattr(model, part)) for part in ("unet", "vae", "text")] != [False, True, True]):
         raise UserError(f"--finish {args.finish} is no teacher of --model {args.model}: that has the same VAE and text tower, another U-Net, and is no one-step student")
     for each in filter(None, (model, teacher) if args.graphs else ()):
         fast.graphed(each.unet)

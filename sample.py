@@ -164,7 +164,7 @@ def load(path, args, steps):
     if args.compile:
         for module in (model.text.tower, model.unet, model.vae.decoder):
             fast.compiled(module, args.device, graphs=model.info["sampler"] != "heun")           # Heun holds two outputs at a time
-    if args.image and model.info.get("trained_steps"):
+    if args.image and model.info["trained_steps"]:
         print("warning: this model was distilled to go from noise to picture at once; from a picture (--image) it blurs: use the model it was distilled from", file=sys.stderr)
     return model
 

@@ -416,7 +416,7 @@ def test_a_folder_that_diffusers_wrote(teacher, tiny, tmp_path):
     (tmp_path / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
     model = InstaFlow.load(tmp_path)
     assert_same(model, teacher)
-    assert model.info == {"prediction": "epsilon", "sampler": "dpm", "steps": 25, "guidance": 7.5}
+    assert model.info == {"prediction": "epsilon", "sampler": "dpm", "steps": 25, "guidance": 7.5, "trained_steps": []}
 
 
 @pytest.fixture
