@@ -40,6 +40,7 @@ from cli import UserError
 from instaflow import InstaFlow, grid, to_pil
 
 MODELS = Path(__file__).resolve().parent / "models"
+BATCH = 16                                                 # pictures at a time
 COMPARISON = ["mini-sd:25", "mini-sd:1", "mini-2rf:25", "mini-2rf:1", "mini-direct:1", "mini-instaflow:1", "mini-instaflow:4"]    # MODEL:STEPS, a row each
 
 
@@ -83,12 +84,13 @@ def at_work(module, args):
 
 @torch.no_grad()
 def pictures(model, prompts, args, steps=None, x0=None, clock=None):
-    """Yield a PIL image a prompt. Text comes first, each different prompt once; then U-Net and decoder, `args.batch` pictures at a time,
+    """Yield a PIL image a prompt. Text comes first, each different prompt once; then U-Net and decoder, --batch pictures at a time,
     with --low-memory the U-Net for all, then the decoder. x0: the noise [B, 4, h, w], None for that of --seed."""
     clock = Clock() if clock is None else clock            # an empty one is False
     guidance = model.info["guidance"] if args.guidance is None else args.guidance
     x0 = noise(model, args.seed, len(prompts), args) if x0 is None else x0
     x0, vae = x0.to(args.device, args.dtype), model.vae
+    n = args.batch or (BATCH if x0.device.type != "cpu" else max(1, 64 * 64 // x0[0, 0].numel()))       # more fit in no cache of a CPU
     tile = tile_side(args.tile, vae.config.factor)
     encoder, decoder = torch.nn.ModuleList((vae.encoder, vae.quant_conv)), torch.nn.ModuleList((vae.post_quant_conv, vae.decoder))
     if args.image:
@@ -96,16 +98,16 @@ def pictures(model, prompts, args, steps=None, x0=None, clock=None):
             start = clock("encoder", model.encode, read_image(args.image, x0, vae.config.factor))
     known = list(dict.fromkeys(prompts if guidance == 1 else [*prompts, args.negative]))
     with at_work(model.text, args):                        # (.clone(): a graph's output is overwritten by its next run)
-        states = torch.cat([clock("text", model.text, known[i:i + args.batch]).clone() for i in range(0, len(known), args.batch)])
+        states = torch.cat([clock("text", model.text, known[i:i + n]).clone() for i in range(0, len(known), n)])
     row = {prompt: i for i, prompt in enumerate(known)}
     context, null, left = states[[row[prompt] for prompt in prompts]], states[row.get(args.negative, 0), None], len(prompts)
-    if args.compile and left > args.batch:                 # the last batch is filled up: for another size all would be compiled anew
-        x0, context = (torch.cat([y, y[-1:].expand(-left % args.batch, *y.shape[1:])]) for y in (x0, context))
+    if args.compile and left > n:                          # the last batch is filled up: for another size all would be compiled anew
+        x0, context = (torch.cat([y, y[-1:].expand(-left % n, *y.shape[1:])]) for y in (x0, context))
 
     def solved():
         with at_work(model.unet, args):
-            for i in range(0, len(x0), args.batch):
-                part = slice(i, i + args.batch)
+            for i in range(0, len(x0), n):
+                part = slice(i, i + n)
                 settings = context[part], null, steps, guidance
                 if args.image:
                     yield clock("U-Net", model.solve_from, 1 - args.strength, x0[part], start.expand_as(x0[part]), *settings)
@@ -217,11 +219,11 @@ def arguments():
     add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     add("--height", type=cli.positive, help="in pixels (default: what the model was trained on)")
     add("--width", type=cli.positive, help="in pixels")
-    add("--batch", type=cli.positive, default=16, help="pictures at a time")
+    add("--batch", type=cli.positive, help=f"pictures at a time (default: {BATCH}; on a CPU as many as have 64 x 64 latents between them, so 1 at 512 px)")
     add("--tile", type=cli.positive, nargs="?", const=512, metavar="PIXELS", help="decode in tiles of so many pixels a side (alone: 512), blended: less memory, but not "
         "quite the same picture, since norms and attention see one tile")
     add("--compile", action="store_true", help="torch.compile, on a GPU with CUDA graphs: minutes at the first run of a size, kept on disk for the next. For GPUs: on a CPU it is slower than the default")
-    add("--low-memory", action="store_true", help="text tower, U-Net and decoder are loaded one after the other, and freed; the picture is the same (on a CPU a single batch is drawn so anyway, without --lora and --compile)")
+    add("--low-memory", action="store_true", help=f"text tower, U-Net and decoder are loaded one after the other, and freed; the picture is the same (on a CPU up to {BATCH} pictures are drawn so anyway, without --lora and --compile)")
     add("--out", type=Path, default=Path("out.png"))
     add("--interpolate", type=cli.seed, nargs=2, metavar="SEED", help="a strip of --frames pictures between two seeds' noises")
     add("--frames", type=cli.positive, help="with --interpolate (default: 8)")
@@ -260,8 +262,8 @@ def arguments():
         parser.error(f"--out {args.out}: pictures are written as PNG; name a .png file")
     cli.writable(args.out)
     args.dtype = precision(args.dtype, args.device)
-    if packs(args) and not args.lora and len(args.prompt) * (args.frames if args.interpolate else args.num) <= args.batch:
-        args.low_memory = True                             # of one batch, on a CPU, it costs no time; with LoRAs it merges them in the file's dtype
+    if packs(args) and not args.lora and len(args.prompt) * (args.frames if args.interpolate else args.num) <= BATCH:
+        args.low_memory = True                             # of few pictures, on a CPU, it costs no time; with LoRAs it merges them in the file's dtype
     return args
 
 

@@ -94,6 +94,14 @@ def test_several_prompts_and_a_labelled_grid(draw, flow, tmp_path):
     assert not same(tmp_path / "x-000.png", wanted[1])
 
 
+@pytest.mark.parametrize("side, flags, batches", [(8, (), [3]), (128, (), [1, 1, 1]), (90, (), [2, 1]), (128, ("--batch", 2), [2, 1])])
+def test_large_pictures_one_at_a_time_on_a_cpu(draw, tmp_path, monkeypatch, side, flags, batches):
+    seen, decode = [], InstaFlow.decode
+    monkeypatch.setattr(InstaFlow, "decode", lambda self, latents, tile=None: seen.append(len(latents)) or decode(self, latents, tile))
+    assert draw("a", "b", "c", "--height", side, "--width", side, *flags, "--out", tmp_path / "x.png")[0] == 0
+    assert seen == batches
+
+
 def test_several_pictures_a_prompt(draw, flow, tmp_path):
     status, out, err = draw("a", "b", "--num", 2, "--out", tmp_path / "x.png")
     assert (status, err) == (0, "") and "4 pictures, 1 step: " in out
@@ -134,7 +142,7 @@ def test_compare_shows_each_model_from_the_same_noise(draw, tiny, tmp_path):
 def test_compare_without_a_list_takes_prompts(monkeypatch, command, tiny, tmp_path):
     """The docstring's own line: `--compare "a prompt" "another"`."""
     monkeypatch.setattr(sample, "COMPARISON", ["teacher:2", "flow:1"])
-    monkeypatch.setattr(sample, "HERE", tiny)
+    monkeypatch.setattr(sample, "MODELS", tiny)
     monkeypatch.chdir(tmp_path)
     for words in (["--compare", "a red circle", "b"], ["--compare", "--out", "x.png", "a red circle", "b"], ["a red circle", "b", "--compare"]):
         assert command("sample.py", "--device", "cpu", *words)[0] == 0
