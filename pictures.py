@@ -50,7 +50,7 @@ def read_picture(path, seen):
         raise UserError(f"{path} is no whole picture ({error}); fetch or make it again, or move it away") from None
     if deep:
         raise UserError(f"{path} has more than 8 bits a pixel; convert it to 8 bits")
-    black = not deep and not any(most for _, most in rgb.getextrema())
+    black = not any(most for _, most in rgb.getextrema())
     for name, found in (("alpha", transparent), ("jpeg", kind == "JPEG"), ("black", black), ("mixed", seen.setdefault("size", rgb.size) != rgb.size)):
         if found:
             seen.setdefault(name, path)
