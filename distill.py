@@ -18,9 +18,10 @@ import cli
 import flows
 import training
 from cli import UserError
-from instaflow import PROMPTS, InstaFlow, grid, to_predict
+from images import grid
+from instaflow import PROMPTS, InstaFlow, to_predict
 from lpips import LPIPS
-from pairs import PairDataset
+from shards import PairDataset
 from unet import StackedUNet
 
 

@@ -23,7 +23,8 @@ import cli
 import scenes
 import training
 from cli import UserError
-from instaflow import InstaFlow, to_pil
+from images import to_pil
+from instaflow import InstaFlow
 from measure import SEED, Evaluation, content, identity, keep, milliseconds, straightness, teacher
 from sample import slerp
 

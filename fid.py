@@ -11,12 +11,10 @@ Picture i is drawn for caption i from noise(0, seed, i). With --out an interrupt
 FID falls with the number of pictures: compare only at equal numbers.
 """
 import io
-import json
 import os
 import zipfile
 import zlib
 from collections import namedtuple
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -28,14 +26,13 @@ from tqdm import tqdm
 import cli
 import inception
 import training
-import weights
 from checkpoint import crc
 from cli import UserError
 from clip_score import Clip
 from inception import Inception
-from instaflow import InstaFlow, to_pil
+from instaflow import InstaFlow
 from judge import Judge
-from pictures import fit, from_folder, list_pictures, pair, read_captions, read_picture, shares, warn, warn_of
+from pictures import fit, from_folder, from_model, list_pictures, pair, read_captions, resume, warn, warn_of
 
 PROTOCOLS = {"coco2017-5k": (5_000, 512), "coco2014-30k": (30_000, 256)}       # pictures, and pixels a side that both sets are brought to
 ENOUGH = 2_048                                             # pictures: with fewer, the covariance of Inception's features is singular
@@ -153,41 +150,6 @@ def features(args, device):
         groups = [torch.from_numpy(g).to(device).permute(0, 3, 1, 2).float() / 255 for g in ([np.stack(pictures)] if alike else [p[None] for p in pictures])]
         return network(groups[0] if alike else torch.cat([inception.resize(g) for g in groups]))
     return embed, 2048
-
-
-# --- pictures that a model draws ---
-
-def resume(args, settings, world):
-    """Check that --out holds these settings' pictures, or none, and write fid.json. Raises UserError."""
-    note = args.out / "fid.json"
-    if note.exists():
-        old = weights.read_json(note, "delete that folder, and its pictures are drawn again")
-        changed = [key for key in settings if old.get(key) != settings[key]]
-        if changed:
-            raise UserError(f"--out {args.out} holds pictures made otherwise ({', '.join(changed)} differ); give the same settings, or another --out")
-    elif args.out.is_dir() and any(args.out.glob("*.png")):
-        raise UserError(f"--out {args.out} holds pictures that are not of such a run; give another folder")
-    training.barrier()                                     # nobody writes before all have looked
-    if world.rank == 0:
-        training.write(note, (json.dumps(settings, indent=2) + "\n").encode())
-        for leftover in args.out.glob("*.tmp"):
-            leftover.unlink()
-    training.barrier()
-
-
-def from_model(model, captions, prepare, args, world):
-    """Yield (Pictures, captions), drawn batch by batch; batches whose pictures all lie in --out are read from there."""
-    with ThreadPoolExecutor(args.workers) as pool:
-        for batch in shares(len(captions), args.batch, world):
-            texts, paths = [captions[i] for i in batch], [args.out / f"{i:06d}.png" for i in batch] if args.out else []
-            if paths and all(path.exists() for path in paths):
-                images = list(pool.map(lambda path: read_picture(path, {}), paths))
-            else:
-                with torch.no_grad(), training.autocast(model.device, args.float32):
-                    states = model.text([*texts, ""])
-                    images = to_pil(model.decode(model.solve(model.noise(args.seed, batch[0], len(batch)), states[:-1], states[-1:], args.steps, args.guidance)))
-                list(pool.map(lambda path, image: training.write_by(image.save, path), paths, images))
-            yield list(pool.map(prepare, images)), texts
 
 
 # --- the measurement ---

@@ -1,9 +1,10 @@
-"""A model's name on the Hugging Face hub -> the folder in the diffusers layout that huggingface_hub fetches, or has in its cache."""
+"""Where a model lies, a name on the Hugging Face hub included, and what it says of itself."""
 import re
 from pathlib import Path
 
 from cli import UserError
-from weights import PARTS, PICKLES, weight_file
+from single_file import facts
+from weights import PARTS, PICKLES, read_json, weight_file
 
 
 def needed(listed, dtype=None):
@@ -38,3 +39,22 @@ def locate(path, dtype=None):
         return Path(snapshot_download(name, allow_patterns=["unet/config.json"], local_files_only=True))
     except Exception:
         raise UserError(f"{name}: no such folder or file here, and as a hub name it cannot be fetched ({reason}); check name and connection; a gated model wants `hf auth login`") from None
+
+
+def told(path):
+    """instaflow.json's fields, as far as a folder or single file tells them, and the path that does. Without an instaflow.json,
+    model_index.json's class name says what the U-Net predicts. Raises UserError."""
+    if path.is_file():
+        return facts(path).get("info", {}), path
+    if not (path / "unet").is_dir():
+        raise UserError(f"{path}: no such model folder; a model is a folder with unet/, vae/, text_encoder/ and instaflow.json, a .safetensors or .ckpt file, or a hub name")
+    if (path / "instaflow.json").exists():
+        return read_json(path / "instaflow.json"), path / "instaflow.json"
+    index = path / "model_index.json"
+    name = read_json(index).get("_class_name") if index.exists() else None
+    known = {"RectifiedFlowPipeline": "velocity", "StableDiffusionPipeline": "epsilon"}
+    scheduler = path / "scheduler" / "scheduler_config.json"
+    kind = read_json(scheduler).get("prediction_type", "epsilon") if name == "StableDiffusionPipeline" and scheduler.exists() else "epsilon"
+    if kind != "epsilon":                                  # (a scheduler left over in a RectifiedFlowPipeline's folder means nothing)
+        raise UserError(f"{scheduler} says that the U-Net predicts {kind}, which is neither noise nor the flow's velocity; this is another kind of model")
+    return ({"prediction": known[name]}, index) if name in known else ({}, path)

@@ -10,12 +10,10 @@ import json
 import math
 import os
 import sys
-import textwrap
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
 
 import checkpoint
 import diffusion
@@ -23,8 +21,10 @@ import fast
 import flows
 import hub
 import log
+import single_file
 import weights
 from cli import UserError
+from images import to_pil
 from text import TextConfig, TextTower
 from unet import StackedUNet, UNet, UNetConfig
 from vae import VAE, VAEConfig
@@ -81,7 +81,7 @@ class InstaFlow:
         needed only where neither instaflow.json nor model_index.json tells it: it is never guessed. dtype None keeps each
         tensor's own. Raises UserError (a ValueError) in one line that names the file and the mend."""
         local = hub.locate(path, dtype)
-        info, where = told(local)
+        info, where = hub.told(local)
         if prediction and info.setdefault("prediction", prediction) != prediction:
             raise UserError(f"{where} says that the U-Net predicts {info['prediction']}, not {prediction}; leave out --prediction, or name another model")
         if "prediction" not in info:
@@ -90,7 +90,7 @@ class InstaFlow:
         if torch.device(device).type == "cuda":
             on_disk = None                                 # as the file has it: the GPU converts
         if local.is_file():
-            modules, base = weights.load_single_file(local, on_disk), None
+            modules, base = single_file.load_single_file(local, on_disk), None
         elif base.is_dir():
             modules = weights.load_unet(local / "unet", on_disk), weights.load_vae(base / "vae", on_disk), weights.load_text(base / "text_encoder", on_disk)
         else:
@@ -120,7 +120,7 @@ class InstaFlow:
         self.check_weights("save it")
         path, info = Path(path), {k: v for k, v in self.info.items() if not k.startswith("base")}
         if path.suffix == ".safetensors":
-            return weights.save_single_file(path, self.unet, self.vae, self.text, info, dtype)
+            return single_file.save_single_file(path, self.unet, self.vae, self.text, info, dtype)
         weights.save_module(self.unet, path / "unet", weights.UNET_FILE, dtype)
         if self.base is None or self_contained or self.base.resolve() == path.resolve() or not weights.holds(self.base, self.vae, self.text):
             weights.save_module(self.vae, path / "vae", weights.VAE_FILE, dtype)
@@ -298,53 +298,3 @@ def to_predict(model, exact, path):
         raise UserError(f"{path} was trained with --exact and still predicts noise; give --exact here too")
     return "epsilon" if exact else "velocity"
 
-
-def finite(images):
-    """The images, if all their values are numbers: others would be drawn black, and FID would measure that. Raises UserError."""
-    if not images.isfinite().all():
-        raise UserError("the pictures came out as no numbers; give a guidance nearer to 1, another --dtype, or other weights: these may be damaged, or their training diverged")
-    return images
-
-
-def to_pil(images):
-    """[B, 3, H, W] in [-1, 1] -> list of PIL images. Raises UserError as `finite` does."""
-    pixels = ((finite(images).float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
-    return [Image.fromarray(np.ascontiguousarray(p)) for p in pixels]
-
-
-def grid(rows, labels=None, columns=None, side=192):
-    """Rows of PIL images as one picture, enlarged to `side` px where smaller: labels, one a row, at the left, and
-    columns, one a column, on top (wrapped)."""
-    side = max(side, rows[0][0].width)
-    high = round(side * rows[0][0].height / rows[0][0].width)
-    font, left, top = ImageFont.load_default(15), 150 if labels else 0, 94 if columns else 0
-    sheet = Image.new("RGB", (left + (side + 6) * max(map(len, rows)), top + (high + 6) * len(rows)), "white")
-    write = ImageDraw.Draw(sheet)
-    for i, row in enumerate(rows):
-        for j, image in enumerate(row):
-            sheet.paste(image.resize((side, high), Image.Resampling.LANCZOS), (left + j * (side + 6), top + i * (high + 6)))
-        if labels:
-            write.multiline_text((8, top + i * (high + 6) + high // 2), "\n".join(textwrap.fill(line, 17) for line in labels[i].splitlines()), "black", font, anchor="lm")
-    for j, column in enumerate(columns or []):
-        lines = textwrap.wrap(column, side // 8)
-        write.multiline_text((left + j * (side + 6) + side // 2, top - 6), "\n".join(lines[:4]), "black", font, anchor="md", align="center")
-    return sheet
-
-
-def told(path):
-    """instaflow.json's fields, as far as a folder or single file tells them, and the path that does. Without an instaflow.json,
-    model_index.json's class name says what the U-Net predicts. Raises UserError."""
-    if path.is_file():
-        return weights.facts(path).get("info", {}), path
-    if not (path / "unet").is_dir():
-        raise UserError(f"{path}: no such model folder; a model is a folder with unet/, vae/, text_encoder/ and instaflow.json, a .safetensors or .ckpt file, or a hub name")
-    if (path / "instaflow.json").exists():
-        return weights.read_json(path / "instaflow.json"), path / "instaflow.json"
-    index = path / "model_index.json"
-    name = weights.read_json(index).get("_class_name") if index.exists() else None
-    known = {"RectifiedFlowPipeline": "velocity", "StableDiffusionPipeline": "epsilon"}
-    scheduler = path / "scheduler" / "scheduler_config.json"
-    kind = weights.read_json(scheduler).get("prediction_type", "epsilon") if name == "StableDiffusionPipeline" and scheduler.exists() else "epsilon"
-    if kind != "epsilon":                                  # (a scheduler left over in a RectifiedFlowPipeline's folder means nothing)
-        raise UserError(f"{scheduler} says that the U-Net predicts {kind}, which is neither noise nor the flow's velocity; this is another kind of model")
-    return ({"prediction": known[name]}, index) if name in known else ({}, path)

@@ -19,7 +19,7 @@ import hub
 import names
 import weights
 from cli import UserError
-from instaflow import InstaFlow, told
+from instaflow import InstaFlow
 
 # How a key ends, in each spelling, for the two matrices and their scale.
 _ENDS = [(".lora_down.weight", "down"), (".lora_up.weight", "up"), (".lora_A.weight", "down"), (".lora_B.weight", "up"), (".lora.down.weight", "down"),
@@ -145,7 +145,7 @@ def _opened(model):
     """An InstaFlow as it is, or loaded from anything InstaFlow.load takes, each tensor in its own dtype. (What it predicts does not matter.)"""
     if isinstance(model, InstaFlow):
         return model
-    known = told(hub.locate(model))[0].get("prediction")
+    known = hub.told(hub.locate(model))[0].get("prediction")
     return InstaFlow.load(model, dtype=None, prediction=None if known else "epsilon")
 
 

@@ -20,7 +20,8 @@ import scenes
 import training
 import weights
 from checkpoint import crc
-from instaflow import InstaFlow, finite, to_pil
+from images import finite, to_pil
+from instaflow import InstaFlow
 from judge import Judge, exact_match
 
 SEED = 2                                                   # of the evaluation's scenes; training drew from 0, pairs from 1

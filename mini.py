@@ -24,7 +24,8 @@ import scenes
 import training
 from checkpoint import crc
 from diffusion import Schedule
-from instaflow import CONFIGS, PROMPTS, InstaFlow, grid
+from images import grid
+from instaflow import CONFIGS, PROMPTS, InstaFlow
 from text import TextTower, tokenize
 from unet import UNet
 from vae import VAE

@@ -1,4 +1,4 @@
-"""Pictures and captions on disk, as an evaluation reads them: what is odd about them is handled with a warning, or named."""
+"""The pictures and captions of an evaluation, from disk or drawn: what is odd about them is handled with a warning, or named."""
 import json
 import os
 import re
@@ -9,12 +9,18 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np
+import torch
 import torch.distributed as dist
 from PIL import Image
 from tqdm import tqdm
 
+import checkpoint
 import cli
+import processes
+import training
+import weights
 from cli import UserError
+from images import to_pil
 
 SUFFIXES = {".bmp", ".jpg", ".jpeg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}     # pytorch-fid's
 
@@ -91,6 +97,7 @@ def from_folder(files, captions, prepare, args, world, seen):
         for batch in mine:
             yield list(islice(read, len(batch))), captions and [captions[i] for i in batch]
 
+
 def warn_of(seen, folder, size, generated):
     """Say what was odd in a folder: `seen` of all processes, as read_picture filled it; size: px they were brought to, or None."""
     parts = [seen]
@@ -154,3 +161,36 @@ def pair(files, captions):
     if len(files) != len(captions):
         raise UserError(f"{files[0].parent} holds {len(files)} pictures, and there are {len(captions)} captions, so they cannot be paired; give one caption a picture, or --number")
     return [caption for _, caption in captions]
+
+
+def resume(args, settings, world):
+    """Check that --out holds these settings' pictures, or none, and write fid.json. Raises UserError."""
+    note = args.out / "fid.json"
+    if note.exists():
+        old = weights.read_json(note, "delete that folder, and its pictures are drawn again")
+        changed = [key for key in settings if old.get(key) != settings[key]]
+        if changed:
+            raise UserError(f"--out {args.out} holds pictures made otherwise ({', '.join(changed)} differ); give the same settings, or another --out")
+    elif args.out.is_dir() and any(args.out.glob("*.png")):
+        raise UserError(f"--out {args.out} holds pictures that are not of such a run; give another folder")
+    processes.barrier()                                     # nobody writes before all have looked
+    if world.rank == 0:
+        checkpoint.write(note, (json.dumps(settings, indent=2) + "\n").encode())
+        for leftover in args.out.glob("*.tmp"):
+            leftover.unlink()
+    processes.barrier()
+
+
+def from_model(model, captions, prepare, args, world):
+    """Yield (Pictures, captions), drawn batch by batch; batches whose pictures all lie in --out are read from there."""
+    with ThreadPoolExecutor(args.workers) as pool:
+        for batch in shares(len(captions), args.batch, world):
+            texts, paths = [captions[i] for i in batch], [args.out / f"{i:06d}.png" for i in batch] if args.out else []
+            if paths and all(path.exists() for path in paths):
+                images = list(pool.map(lambda path: read_picture(path, {}), paths))
+            else:
+                with torch.no_grad(), training.autocast(model.device, args.float32):
+                    states = model.text([*texts, ""])
+                    images = to_pil(model.decode(model.solve(model.noise(args.seed, batch[0], len(batch)), states[:-1], states[-1:], args.steps, args.guidance)))
+                list(pool.map(lambda path, image: checkpoint.write_by(image.save, path), paths, images))
+            yield list(pool.map(prepare, images)), texts

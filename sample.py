@@ -37,7 +37,8 @@ import flows
 import hub
 import lora
 from cli import UserError
-from instaflow import InstaFlow, grid, to_pil
+from images import grid, to_pil
+from instaflow import InstaFlow
 
 MODELS = Path(__file__).resolve().parent / "models"
 BATCH = 16                                                 # pictures at a time

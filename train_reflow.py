@@ -15,8 +15,9 @@ import torch
 import cli
 import flows
 import training
-from instaflow import PROMPTS, InstaFlow, grid, to_predict
-from pairs import PairDataset
+from images import grid
+from instaflow import PROMPTS, InstaFlow, to_predict
+from shards import PairDataset
 
 
 def main():

@@ -1,4 +1,4 @@
-"""Weights on disk, in each spelling the field uses, to and from the modules.
+"""Weights in folders of the diffusers layout, to and from the modules, and what all weight files have in common.
 
     folders       the diffusers layout: unet/, vae/, text_encoder/, each config.json and weights, as .safetensors or .bin, whole or
                   in shards with an index, with or without `.fp16.` in the name
@@ -33,14 +33,6 @@ TEXT_FILE = "model.safetensors"
 PARTS = ("unet", "vae", "text_encoder")
 PICKLES = (".ckpt", ".bin", ".pt", ".pth")
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-
-# What a single file may hold beside the weights: their average, the noise schedule, the trainer's loss and counters.
-_DROPPED = re.compile(r"model_ema\..*|first_stage_model\.loss\..*|.*\.position_ids|(sqrt_(one_minus_|recip_|recipm1_)?|log_one_minus_)?alphas_cumprod(_prev)?"
-                      r"|betas|posterior_(variance|log_variance_clipped|mean_coef[12])|logvar|lvlb_weights|scale_factor|cond_stage_model\.(logit_scale|text_projection)")
-# Keys by which to recognise a file of something else.
-_OTHERS = {"conditioner.embedders.": "a Stable Diffusion XL file", "cond_stage_model.model.": "a Stable Diffusion 2 file", "model.diffusion_model.joint_blocks.": "a Stable Diffusion 3 file",
-           "model.diffusion_model.double_blocks.": "a Flux file", "double_blocks.": "a Flux file", "control_model.": "a ControlNet", "lora_": "a LoRA (give it as --lora)",
-           "unet.": "a LoRA (give it as --lora)", "down_blocks.": "one part of a diffusers folder (name that folder)", "decoder.": "a VAE alone"}
 
 
 # --- files ---
@@ -90,7 +82,7 @@ def _read_pickle(path):
 
 
 @contextmanager
-def _one_line(path):
+def one_line(path):
     """Whatever goes wrong while `path` is read becomes a UserError."""
     try:
         yield
@@ -113,7 +105,7 @@ def _one_line(path):
 def read_tensors(path):
     """All tensors of a .safetensors, .ckpt, .bin, .pt or .pth file, memory-mapped -> dict[str, tensor]. Raises UserError."""
     path = Path(path)
-    with _one_line(path):
+    with one_line(path):
         if path.suffix in PICKLES:
             return _read_pickle(path)
         with safe_open(path, "pt") as file:
@@ -193,7 +185,7 @@ def holds(folder, vae, text):
 
 # --- tensors into modules ---
 
-def _build(module, config, given, path):
+def build(module, config, given, path):
     """The module that the config.json `given` (a dict, read from `path`) asks for, without memory for its weights."""
     try:
         with torch.device("meta"):
@@ -228,7 +220,7 @@ def _unet(config):
     return (StackedUNet if config.stacked else UNet)(config)
 
 
-def _fill_text(tower, tensors, path, dtype, prefix="", **words):
+def fill_text(tower, tensors, path, dtype, prefix="", **words):
     """TextTower from transformers' names, with or without `text_model.`."""
     tensors = {key: value for key, value in tensors.items() if not key.endswith("position_ids")}
     bare = not any(key.startswith(prefix + "text_model.") for key in tensors)
@@ -242,7 +234,7 @@ def _fill_text(tower, tensors, path, dtype, prefix="", **words):
 def load_unet(folder, dtype=torch.float32):
     """`folder` = .../unet -> UNet or StackedUNet, on the CPU, in `dtype` (None: the file's). Raises UserError, as all below."""
     config = Path(folder) / "config.json"
-    unet = _build(_unet, UNetConfig, read_json(config), config)
+    unet = build(_unet, UNetConfig, read_json(config), config)
     tensors, path = read_folder(folder, "unet", dtype)
     check(unet.state_dict(), tensors, path)
     return fill(unet, tensors, dtype)
@@ -251,7 +243,7 @@ def load_unet(folder, dtype=torch.float32):
 def load_vae(folder, dtype=torch.float32):
     """`folder` = .../vae -> VAE, on the CPU."""
     config = Path(folder) / "config.json"
-    vae = _build(VAE, VAEConfig, read_json(config), config)
+    vae = build(VAE, VAEConfig, read_json(config), config)
     tensors, path = read_folder(folder, "vae", dtype)
     tensors = names.flat_attention(names.modern_attention(tensors))
     check(vae.state_dict(), tensors, path)
@@ -261,8 +253,8 @@ def load_vae(folder, dtype=torch.float32):
 def load_text(folder, dtype=torch.float32):
     """`folder` = .../text_encoder -> TextTower, on the CPU."""
     config = Path(folder) / "config.json"
-    tower = _build(TextTower, TextConfig, read_json(config), config)
-    return _fill_text(tower, *read_folder(folder, "text_encoder", dtype), dtype)
+    tower = build(TextTower, TextConfig, read_json(config), config)
+    return fill_text(tower, *read_folder(folder, "text_encoder", dtype), dtype)
 
 
 def save_module(module, folder, file, dtype=None):
@@ -274,57 +266,3 @@ def save_module(module, folder, file, dtype=None):
 
 # --- single files ---
 
-def facts(path):
-    """What our own single files say of themselves in their header: the three configs, and instaflow.json as "info"; {} in others'."""
-    path = Path(path)
-    if path.suffix in PICKLES:
-        return {}
-    with _one_line(path), safe_open(path, "pt") as file:
-        text = (file.metadata() or {}).get("instaflow", "{}")
-    try:
-        told = json.loads(text)
-        if all(isinstance(told.get(key, {}), dict) for key in ("info", *PARTS)):
-            return told
-    except (ValueError, AttributeError, RecursionError):
-        pass
-    raise UserError(f"{path}: its header's `instaflow` is damaged; fetch the file again")
-
-
-def load_single_file(path, dtype=torch.float32):
-    """A single file in the ldm layout -> UNet, VAE, TextTower, on the CPU. Sizes are Stable Diffusion 1.x's, but where its header
-    says others. An EMA beside the weights is left out, as diffusers does."""
-    tensors = {key: value for key, value in read_tensors(path).items() if not _DROPPED.fullmatch(key)}
-    parts = {part: {key: value for key, value in tensors.items() if key.startswith(prefix)} for part, prefix in names.LDM.items()}
-    kind = next((kind for start, kind in _OTHERS.items() if any(key.startswith(start) for key in tensors)), None)
-    if kind:
-        raise UserError(f"{path} is {kind}, and no Stable Diffusion 1.x file")
-    for part, prefix in names.LDM.items():
-        if not parts[part]:
-            raise UserError(f"{path} has no tensor {prefix}*: it is no whole Stable Diffusion 1.x file")
-    unknown = sorted(tensors.keys() - set().union(*parts.values()))
-    if unknown:
-        raise UserError(f"{path} has an unknown tensor {unknown[0]} ({len(unknown)} in all): it is no Stable Diffusion 1.x file")
-    told = facts(path)
-    unet, vae, text = (_build(make, config, told.get(part, {}), path)
-                       for part, make, config in (("unet", UNet, UNetConfig), ("vae", VAE, VAEConfig), ("text_encoder", TextTower, TextConfig)))
-    words = {"asks": "its header asks for" if told else "Stable Diffusion 1.x has"}
-    for module, part, rename in ((unet, "unet", names.ldm_unet), (vae, "vae", names.ldm_vae)):
-        state, found = module.state_dict(), names.flat_attention(parts[part])
-        called = {key: names.LDM[part] + rename(key, module.config) for key in state}
-        check({called[key]: value for key, value in state.items()}, found, path, **words)
-        fill(module, {key: found[name] for key, name in called.items()}, dtype)
-    return unet, vae, _fill_text(text, parts["text_encoder"], path, dtype, names.LDM["text_encoder"], **words)
-
-
-def save_single_file(path, unet, vae, text, info, dtype=None):
-    """One .safetensors file in the ldm layout, which diffusers' from_single_file and the usual programs read. Its header holds the
-    configs and `info` (instaflow.json's fields) too. Raises UserError for a stacked U-Net."""
-    if unet.config.stacked:
-        raise UserError(f"{path}: a stacked U-Net has no single-file layout; save it as a folder")
-    tensors = {names.LDM["unet"] + names.ldm_unet(key, unet.config): value for key, value in unet.state_dict().items()}
-    for key, value in vae.state_dict().items():
-        matrix = ".attentions." in key and value.dim() == 2
-        tensors[names.LDM["vae"] + names.ldm_vae(key, vae.config)] = value[:, :, None, None] if matrix else value
-    tensors |= {names.LDM["text_encoder"] + key: value for key, value in text_to_transformers(text.state_dict()).items()}
-    told = {"info": info, "unet": unet.config.to_dict(), "vae": vae.config.to_dict(), "text_encoder": text.config.to_dict()}
-    checkpoint.write_tensors(path, tensors, {"instaflow": json.dumps(told)}, dtype)

@@ -35,7 +35,8 @@ import log
 import text
 import weights
 from cli import UserError
-from instaflow import CONFIGS, InstaFlow, to_pil
+from images import to_pil
+from instaflow import CONFIGS, InstaFlow
 
 PROMPT, STEPS, GUIDANCE = "a red circle left of a blue square", 25, 5.0
 STAGES = ["process", "load", "text", "U-Net", "decoder", "picture", "guided"]

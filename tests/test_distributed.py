@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 
 import checkpoint
 import pairs
+import shards
 import training
 from conftest import without_time
 from instaflow import InstaFlow
@@ -37,7 +38,7 @@ def same_data(patch):
 
 
 def smaller_parts(patch):
-    patch.setattr(pairs, "PART", 4)
+    patch.setattr(shards, "PART", 4)
 
 
 def dump_gradients(patch):

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+import single_file
 import weights
 from conftest import randomise, relative_error
 from instaflow import CONFIGS, InstaFlow
@@ -142,7 +143,7 @@ def test_a_single_file_of_stable_diffusions_size(tmp_path, suffix):
     """As v1-5-pruned-emaonly is: it says nothing of its sizes, which are Stable Diffusion 1.5's."""
     from safetensors.torch import load_file, save_file
     unet, vae, text = float16_parts()
-    weights.save_single_file(tmp_path / "told.safetensors", unet, vae, text, {"prediction": "velocity"})
+    single_file.save_single_file(tmp_path / "told.safetensors", unet, vae, text, {"prediction": "velocity"})
     tensors = load_file(tmp_path / "told.safetensors")
     assert len(tensors) == 686 + 248 + 196
     (save_file if suffix == ".safetensors" else torch.save)(tensors if suffix == ".safetensors" else {"state_dict": tensors}, tmp_path / f"m{suffix}")

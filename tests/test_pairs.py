@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 import cli
 import pairs
+import shards
 import training
 import weights
 from cli import UserError
@@ -460,7 +461,7 @@ def test_pairs_of_a_small_set_are_kept_and_of_a_large_one_are_not(made, monkeypa
         patch.setattr(pairs.PairDataset, "__getitem__", lambda *args: pytest.fail("read again"))
         noise, latent, prompts = data.batch([1, 3, 1])
     assert all(torch.equal(x, row["noise"]) and torch.equal(y, row["latent"]) and prompt == row["prompt"] for x, y, prompt, row in zip(noise, latent, prompts, (one, three, one)))
-    monkeypatch.setattr(pairs, "KEPT", len(data) * 8 * one["noise"].numel() - 1)
+    monkeypatch.setattr(shards, "KEPT", len(data) * 8 * one["noise"].numel() - 1)
     data = pairs.PairDataset(made / "pairs")
     data.batch([3, 1])
     assert not data.kept

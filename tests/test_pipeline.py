@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 import flows
 import training
-import weights
+import single_file
 from conftest import one_line, without_time
 from distill import start_times
 from instaflow import InstaFlow, timestep
@@ -190,7 +190,7 @@ def test_a_teacher_that_does_not_say_what_it_predicts(tiny, command, tmp_path, n
     if name == "folder":
         (tmp_path / name / "instaflow.json").unlink()
     else:
-        told = {key: value for key, value in weights.facts(tmp_path / name).items() if key != "info"}          # the sizes alone: without them it would be read as Stable Diffusion 1.x's
+        told = {key: value for key, value in single_file.facts(tmp_path / name).items() if key != "info"}          # the sizes alone: without them it would be read as Stable Diffusion 1.x's
         save_file(load_file(tmp_path / name), tmp_path / name, {"format": "pt", "instaflow": json.dumps(told)})
     (tmp_path / "prompts.txt").write_text("a\nb\n")
     model, pairs, short = ["--model", tmp_path / name], ["--pairs", tmp_path / "pairs"], ["--iterations", "1", "--batch", "2", "--device", "cpu"]

@@ -11,6 +11,7 @@ from PIL import Image
 from scipy.stats import multivariate_normal, wasserstein_distance_nd
 
 import flows
+import plane
 import toy
 
 ROOT = Path(__file__).parent.parent
@@ -75,8 +76,8 @@ def test_too_few_pairs_are_learnt_by_heart():
 
 def test_exact_velocity_is_the_conditional_mean():
     """Against the joint Gaussian of (X_t, X1 - X0), conditioned with plain linear algebra."""
-    root = toy.root_covariance()
-    c, m, eye = root @ root, np.array(toy.MEAN), np.eye(2)
+    root = plane.root_covariance()
+    c, m, eye = root @ root, np.array(plane.MEAN), np.eye(2)
     x = torch.randn(5, 2, dtype=torch.float64)
     for t in (0.0, 0.3, 0.7, 1.0):
         cross, own = t * c - (1 - t) * eye, (1 - t) ** 2 * eye + t ** 2 * c
@@ -98,9 +99,9 @@ def exact_numbers():
     """S and transport cost (p = 2) of Z_t = t m + ((1 - t)^2 I + t^2 C)^1/2 X0. Along an axis of deviation s, with
     r(t) = sqrt((1 - t)^2 + t^2 s^2): S is the mean of the integral of (s - 1 - r')^2, the cost |m|^2 + sum (s - 1)^2."""
     t = (np.arange(100_000) + 0.5) / 100_000
-    slopes = [(t * s ** 2 - (1 - t)) / np.sqrt((1 - t) ** 2 + t ** 2 * s ** 2) for s in toy.DEVIATIONS]
-    return {"S": float(np.mean([((s - 1 - slope) ** 2).mean() for s, slope in zip(toy.DEVIATIONS, slopes)])),
-            "cost p=2": float(np.square(toy.MEAN).sum() + sum((s - 1) ** 2 for s in toy.DEVIATIONS))}
+    slopes = [(t * s ** 2 - (1 - t)) / np.sqrt((1 - t) ** 2 + t ** 2 * s ** 2) for s in plane.DEVIATIONS]
+    return {"S": float(np.mean([((s - 1 - slope) ** 2).mean() for s, slope in zip(plane.DEVIATIONS, slopes)])),
+            "cost p=2": float(np.square(plane.MEAN).sum() + sum((s - 1) ** 2 for s in plane.DEVIATIONS))}
 
 
 def test_the_exact_flow_has_the_numbers_of_its_closed_form():
@@ -108,7 +109,7 @@ def test_the_exact_flow_has_the_numbers_of_its_closed_form():
     assert float(flows.straightness(toy.exact_velocity, x0, 100)) == pytest.approx(known["S"], rel=0.03)
     end = flows.heun(toy.exact_velocity, x0, 50)
     assert toy.transport_cost(x0, end, 2) == pytest.approx(known["cost p=2"], rel=0.01)
-    whole = multivariate_normal(toy.MEAN, toy.root_covariance() @ toy.root_covariance()).rvs(100_000, random_state=1)
+    whole = multivariate_normal(plane.MEAN, plane.root_covariance() @ plane.root_covariance()).rvs(100_000, random_state=1)
     assert toy.sliced_w2(end.float(), torch.from_numpy(whole).float()) < 0.03
 
 

@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import names
+import single_file
 import weights
 from cli import UserError
 from conftest import relative_error
@@ -264,7 +265,7 @@ def single(model):
 def sizes(model, monkeypatch):
     """Others' files say nothing of their sizes, which then are Stable Diffusion's: here, the small ones."""
     told = {"unet": model.unet.config.to_dict(), "vae": model.vae.config.to_dict(), "text_encoder": model.text.config.to_dict()}
-    monkeypatch.setattr(weights, "facts", lambda path: told)
+    monkeypatch.setattr(single_file, "facts", lambda path: told)
 
 
 def with_baggage(tensors):
@@ -300,7 +301,7 @@ def test_single_files_of_others(model, single, sizes, tmp_path, monkeypatch, kin
         torch.save({"state_dict": tensors, "global_step": np.int64(470000), "callbacks": {module.ModelCheckpoint: {"best": np.float64(0.5)}}, "hook": module.ModelCheckpoint()}, file)
         monkeypatch.undo()
         told = {"unet": model.unet.config.to_dict(), "vae": model.vae.config.to_dict(), "text_encoder": model.text.config.to_dict()}
-        monkeypatch.setattr(weights, "facts", lambda path: told)
+        monkeypatch.setattr(single_file, "facts", lambda path: told)
         assert "pytorch_lightning" not in sys.modules
     with pytest.raises(UserError, match="does not say what its U-Net predicts") as error:
         InstaFlow.load(file)
