@@ -1,7 +1,8 @@
 """Files that survive a kill, and checkpoints made of them: all that a training run needs to resume.
 
-A file is written under a temporary name, synced and renamed: it is whole or absent. Tensors are written one by one and read
-back memory-mapped, since a checkpoint of the full-size model is 14 GB and every process on a machine reads it.
+A file is written under a temporary name, synced and renamed: it is whole or absent.
+Tensors are written one by one and read back memory-mapped, since a checkpoint of the full-size model is 14 GB
+and every process on a machine reads it.
 """
 import io
 import json
@@ -17,13 +18,14 @@ from safetensors import SafetensorError, safe_open
 
 import cli
 
-DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64", torch.int32: "I32",
-          torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL"}
+DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+          torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8",
+          torch.uint8: "U8", torch.bool: "BOOL"}
 
 
 def write(path, data):
-    """Write bytes, or pieces of bytes one after another, under a temporary name, sync, rename: the file is whole or absent.
-    Raises OSError naming the file."""
+    """Write bytes, or pieces of bytes one after another, under a temporary name, sync, rename: the file is whole or
+    absent. Raises OSError naming the file."""
     path, temporary = Path(path), Path(f"{path}.{os.getpid()}.tmp")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -39,21 +41,24 @@ def write(path, data):
 
 
 def write_by(save, path, **how):
-    """What a library writes itself (`save`: image.save, figure.savefig), as `write` does, in the format of the path's ending."""
+    """What a library writes itself (`save`: image.save, figure.savefig), as `write` does,
+    in the format of the path's ending."""
     buffer = io.BytesIO()
     save(buffer, format=Path(path).suffix[1:].lower().replace("jpg", "jpeg"), **how)
     write(path, buffer.getvalue())
 
 
 def clean(folder):
-    """Remove the temporary files of killed processes: gigabytes, at full size. To be called by one process, before any of them writes."""
+    """Remove the temporary files of killed processes: gigabytes, at full size.
+    To be called by one process, before any of them writes."""
     for leftover in Path(folder).glob("*.tmp"):
         leftover.unlink(missing_ok=True)
 
 
 def write_tensors(path, tensors, metadata=None, dtype=None):
-    """A safetensors file, written as `write` does. dtype None keeps each tensor's own. The format is simple (the header's
-    length in 8 bytes, a JSON header, the tensors' bytes), so it is written here: the library's own function wants all in memory twice."""
+    """A safetensors file, written as `write` does. dtype None keeps each tensor's own. The format is simple (the
+    header's length in 8 bytes, a JSON header, the tensors' bytes), so it is written here: the library's own function
+    wants all in memory twice."""
     kinds = {k: dtype or v.dtype for k, v in tensors.items()}
     names = sorted(tensors, key=lambda k: (-kinds[k].itemsize, k))           # widest first, so that each is aligned
     header, end = {"__metadata__": {"format": "pt"} | (metadata or {})}, 0
@@ -80,8 +85,8 @@ def crc(*modules):
 
 
 def save_checkpoint(folder, step, tensors, metadata=None, keep=2):
-    """Write `folder`/step-00001234.safetensors (float32 as given, plus JSON metadata) and keep the newest `keep` up to that step.
-    (A checkpoint of a later step is damaged: it was skipped when the run was resumed.)"""
+    """Write `folder`/step-00001234.safetensors (float32 as given, plus JSON metadata) and keep the newest `keep` up
+    to that step. (A checkpoint of a later step is damaged: it was skipped when the run was resumed.)"""
     path = Path(folder) / f"step-{step:08d}.safetensors"
     write_tensors(path, tensors, {"json": json.dumps(metadata or {})})
     for old in [p for p in checkpoints(folder) if p <= path][:-keep]:
@@ -93,7 +98,8 @@ def warn_of_little_room(folder, tensors, keep=2):
     size = sum(v.numel() * v.element_size() for v in tensors.values())
     wanted, free = size * (keep + 1 - len(checkpoints(folder))), shutil.disk_usage(folder).free
     if free < wanted:
-        print(f"warning: {folder}: {free / 2**30:.1f} GiB are free, and the checkpoints of this run will take another {wanted / 2**30:.1f} GiB", file=sys.stderr)
+        print(f"warning: {folder}: {free / 2**30:.1f} GiB are free, "
+              f"and the checkpoints of this run will take another {wanted / 2**30:.1f} GiB", file=sys.stderr)
 
 
 def checkpoints(folder):
@@ -101,8 +107,8 @@ def checkpoints(folder):
 
 
 def load_checkpoint(folder):
-    """The newest checkpoint that reads whole -> (step, tensors, metadata), (0, None, {}) where there is none. The tensors are
-    memory-mapped. A damaged one is passed over with a warning."""
+    """The newest checkpoint that reads whole -> (step, tensors, metadata), (0, None, {}) where there is none.
+    The tensors are memory-mapped. A damaged one is passed over with a warning."""
     for path in reversed(checkpoints(folder)):
         try:
             with safe_open(path, "pt") as file:
@@ -116,9 +122,11 @@ def load_checkpoint(folder):
 
 def pack(model, ema, optimizer):
     """Weights, EMA and AdamW's moments as one flat dict of tensors, for `save_checkpoint`."""
-    tensors = {f"model.{k}": v for k, v in model.state_dict().items()} | {f"ema.{k}": v for k, v in ema.state_dict().items()}
+    tensors = ({f"model.{k}": v for k, v in model.state_dict().items()}
+               | {f"ema.{k}": v for k, v in ema.state_dict().items()})
     names = [k for k, _ in model.named_parameters()]
-    moments = optimizer.state_dict()["state"]              # keyed by parameter number; a parameter that never had a gradient has no entry
+    # keyed by parameter number; a parameter that never had a gradient has no entry
+    moments = optimizer.state_dict()["state"]
     return tensors | {f"optimizer.{names[i]}.{k}": v for i, state in moments.items() for k, v in state.items()}
 
 
@@ -128,7 +136,8 @@ def unpack(tensors, model, ema, optimizer):
     moments, state = part("optimizer."), {}
     for i, (name, p) in enumerate(model.named_parameters()):
         state[i] = {k: moments.pop(f"{name}.{k}") for k in ("step", "exp_avg", "exp_avg_sq")}
-        for k in ("exp_avg", "exp_avg_sq"):                # in the weights' own memory order: fused AdamW looks at no strides
+        # in the weights' own memory order: fused AdamW looks at no strides
+        for k in ("exp_avg", "exp_avg_sq"):
             state[i][k] = torch.empty_like(p, requires_grad=False).copy_(state[i][k])
     unknown = [*moments, *(k for k in tensors if k.partition(".")[0] not in ("model", "ema", "optimizer"))]
     if unknown:
@@ -147,9 +156,11 @@ def resume(folder, model, ema, optimizer, recipe):
     old = metadata.get("recipe", {})
     changed = [k for k in recipe | old if recipe.get(k) != old.get(k)]
     if changed:
-        raise cli.UserError(f"{folder} holds a run with other settings ({', '.join(changed)}); give the same ones, or another --out, or delete that folder")
+        raise cli.UserError(f"{folder} holds a run with other settings ({', '.join(changed)}); "
+                            "give the same ones, or another --out, or delete that folder")
     try:
         unpack(tensors, model, ema, optimizer)
     except (KeyError, RuntimeError) as error:
-        raise cli.UserError(f"{folder} holds checkpoints of another network ({str(error).splitlines()[0]}); give another --out, or delete that folder") from None
+        raise cli.UserError(f"{folder} holds checkpoints of another network ({str(error).splitlines()[0]}); "
+                            "give another --out, or delete that folder") from None
     return step

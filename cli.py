@@ -15,7 +15,9 @@ from tqdm import tqdm
 
 KEYS = ("prompt", "caption", "text", "TEXT")               # where a JSON line may hold its prompt; LAION's own is TEXT
 
-PREDICTIONS, PREDICTION = ("velocity", "epsilon"), "what --model's U-Net predicts, for a folder or file that does not say so; Stable Diffusion's: epsilon (noise)"
+PREDICTIONS = ("velocity", "epsilon")
+PREDICTION = ("what --model's U-Net predicts, for a folder or file that does not say so; "
+              "Stable Diffusion's: epsilon (noise)")
 
 
 class UserError(ValueError):
@@ -26,14 +28,16 @@ class Parser(argparse.ArgumentParser):
     """argparse with the launch lines of the script's docstring kept, and errors of one line."""
 
     def __init__(self, doc=None, **kwargs):
-        super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **kwargs)
+        super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter,
+                         allow_abbrev=False, **kwargs)
 
     def error(self, message):
         self.exit(2, f"{self.prog}: {' '.join(message.split())} (--help lists the flags)\n")
 
 
 def folder(text):
-    """An argparse type: a folder's name. An empty one, as an unset variable of the shell leaves it, would be the current folder or "/"."""
+    """An argparse type: a folder's name. An empty one, as an unset variable of the shell leaves it,
+    would be the current folder or "/"."""
     if not text.strip():
         raise argparse.ArgumentTypeError("the name is empty; name a folder")
     return text
@@ -56,7 +60,8 @@ def another(out, model):
 
 
 def fresh(out, file="instaflow.json"):
-    """Raises UserError if a trained model (its `file`) is there and its training/ is not, as with the shipped ones: it would be replaced."""
+    """Raises UserError if a trained model (its `file`) is there and its training/ is not, as with the shipped ones:
+    it would be replaced."""
     if (Path(out) / file).exists() and not (Path(out) / "training").exists():
         raise UserError(f"--out {out} holds a trained model, which would be lost; name another folder")
 
@@ -73,7 +78,8 @@ def seed(text):
     """An argparse type: a whole number from 0 (numpy's generators take no other) to 2^63 - 1 (nor does a tensor)."""
     value = int(text) if text.isdecimal() else -1
     if not 0 <= value < 2 ** 63:
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 0" + " and below 2^63" * (value > 0))
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 0"
+                                         + " and below 2^63" * (value > 0))
     return value
 
 
@@ -91,7 +97,8 @@ def number(low=-float("inf"), high=float("inf")):
 
 
 def device(text):
-    """An argparse type: a device that torch can compute on here. (No GPU is touched: under torchrun each process has its own.)"""
+    """An argparse type: a device that torch can compute on here.
+    (No GPU is touched: under torchrun each process has its own.)"""
     import torch
     try:
         kind = torch.device(text)
@@ -107,7 +114,8 @@ def device(text):
 def run(main):
     """Call `main()`; what the user can mend becomes one line on stderr and exit status 2, never a traceback."""
     if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a file's name that the terminal cannot show is no reason to fail
+        # a file's name that the terminal cannot show is no reason to fail
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         main()
     except UserError as error:
@@ -117,11 +125,13 @@ def run(main):
     except OSError as error:
         if error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise                                          # not about a user's file: a bug, so show the traceback
-        mend = "free some space and run the same line again" if error.errno == errno.ENOSPC else "check the path and its permissions"
+        mend = ("free some space and run the same line again" if error.errno == errno.ENOSPC
+                else "check the path and its permissions")
         fail(f"{error.filename or 'disk'}: {error.strerror}; {mend}")
     except (RuntimeError, MemoryError) as error:
         if "gloo" in str(error).lower() or type(error).__name__ in ("DistBackendError", "DistNetworkError"):
-            fail(f"another process of this run has ended; its own message says why ({str(error).splitlines()[0][:150]})")
+            fail("another process of this run has ended; "
+                 f"its own message says why ({str(error).splitlines()[0][:150]})")
         if "out of memory" not in str(error).lower() and not isinstance(error, MemoryError):
             raise
         fail("out of memory; give a smaller --batch, smaller pictures, or, in training, --accumulate or --checkpoint")
@@ -130,10 +140,12 @@ def run(main):
 
 
 def fail(message):
-    if int(os.environ.get("RANK", 0)):                     # the first process reports what all ran into, and torchrun ends the others meanwhile
+    # the first process reports what all ran into, and torchrun ends the others meanwhile
+    if int(os.environ.get("RANK", 0)):
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(5)
-    tqdm.write(f"{Path(sys.argv[0]).name}: {' '.join(str(message).split())}", file=sys.stderr)      # not at the end of a progress bar
+    # not at the end of a progress bar
+    tqdm.write(f"{Path(sys.argv[0]).name}: {' '.join(str(message).split())}", file=sys.stderr)
     sys.exit(2)
 
 
@@ -154,9 +166,9 @@ def read_prompts(path):
 
 
 class Prompts:
-    """The prompts of a text file, one a line, or of a .jsonl file, one JSON string or object with one of KEYS a line; blank ones
-    are skipped. len() and prompts[i] work; of each line only its offset is kept (8 bytes), as there may be millions. crc: CRC-32 of all of
-    them. A bad line anywhere raises UserError, before work begins."""
+    """The prompts of a text file, one a line, or of a .jsonl file, one JSON string or object with one of KEYS a line;
+    blank ones are skipped. len() and prompts[i] work; of each line only its offset is kept (8 bytes), as there may be
+    millions. crc: CRC-32 of all of them. A bad line anywhere raises UserError, before work begins."""
 
     def __init__(self, path):
         self.path, self.crc, self.starts, place = Path(path), 0, array("q"), 0
@@ -187,9 +199,11 @@ class Prompts:
             text.encode()                                  # JSON can hold a lone surrogate
             return text
         except UnicodeError:
-            raise UserError(f"{self.path}, line {number}: not UTF-8 text; save it as UTF-8, one prompt a line") from None
+            raise UserError(f"{self.path}, line {number}: not UTF-8 text; "
+                            "save it as UTF-8, one prompt a line") from None
         except (ValueError, TypeError, AttributeError, StopIteration, RecursionError):
-            raise UserError(f"{self.path}, line {number}: no JSON string, and no object with a string under {', '.join(KEYS)}; write one a line") from None
+            raise UserError(f"{self.path}, line {number}: no JSON string, and no object with a string under "
+                            f"{', '.join(KEYS)}; write one a line") from None
 
     def __len__(self):
         return len(self.starts)

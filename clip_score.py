@@ -1,4 +1,5 @@
-"""CLIP score (Hessel et al. 2021, without its factor 2.5): the cosine between CLIP's embeddings of a picture and of its caption."""
+"""CLIP score (Hessel et al. 2021, without its factor 2.5): the cosine between CLIP's embeddings
+of a picture and of its caption."""
 from pathlib import Path
 
 import torch
@@ -18,12 +19,17 @@ class Clip:
             raise UserError(f"--clip {file}: no such file; fetch open_clip's weights of {name} (the README says where)")
         import open_clip                                   # here: it takes seconds
         if name not in open_clip.list_models():
-            raise UserError(f"--clip-model {name}: open_clip has no such model; name one of open_clip.list_models(), as in ViT-g-14")
-        try:                                               # a full path, so that open_clip does not take it for a tag to download
-            model, _, self.prepare = open_clip.create_model_and_transforms(name, pretrained=str(Path(file).resolve()), device=device)
+            raise UserError(f"--clip-model {name}: open_clip has no such model; "
+                            "name one of open_clip.list_models(), as in ViT-g-14")
+        try:
+            # a full path, so that open_clip does not take it for a tag to download
+            model, _, self.prepare = open_clip.create_model_and_transforms(
+                name, pretrained=str(Path(file).resolve()), device=device)
         except Exception as error:                         # a damaged pickle raises whatever it likes
-            raise UserError(f"--clip {file} does not hold the weights of {name} ({' '.join(str(error).split())[:120]}); fetch them again, or give --clip-model") from None
-        self.model, self.tokenize, self.prefix, self.device = model.eval(), open_clip.get_tokenizer(name), prefix, device
+            raise UserError(f"--clip {file} does not hold the weights of {name} "
+                            f"({' '.join(str(error).split())[:120]}); fetch them again, or give --clip-model") from None
+        self.model, self.tokenize = model.eval(), open_clip.get_tokenizer(name)
+        self.prefix, self.device = prefix, device
 
     @torch.no_grad()
     def __call__(self, pictures, captions):

@@ -1,7 +1,7 @@
 """The teacher's ODE: Stable Diffusion's noise schedule, its samplers, and its noise predictor read as a velocity.
 
-A noise predictor is a function eps(x, timestep) with x [B, ...] on the variance-preserving path
-x = a x1 + b eps, a^2 = alphas_cumprod[timestep], b^2 = 1 - a^2, and timestep a float tensor [B], 0 (image) to 999 (noise).
+A noise predictor is a function eps(x, timestep) with x [B, ...] on the variance-preserving path x = a x1 + b eps,
+a^2 = alphas_cumprod[timestep], b^2 = 1 - a^2, and timestep a float tensor [B], 0 (image) to 999 (noise).
 """
 import functools
 from dataclasses import dataclass
@@ -40,7 +40,8 @@ class Schedule:
     def index(self, t):
         """Float index [B] with the signal-to-noise ratio of flow time t [B], log-SNR interpolated linearly between
         whole indices, clamped at the schedule's ends -> (index, a, b), all float64 [B]."""
-        t = t.to("cpu" if t.device.type == "mps" else t.device, torch.float64)               # Apple's GPUs have no float64
+        # Apple's GPUs have no float64
+        t = t.to("cpu" if t.device.type == "mps" else t.device, torch.float64)
         noisier = _noisier(self.alphas_cumprod, t.device)
         wanted = 2 * (torch.log1p(-t) - torch.log(t))                        # minus the log-SNR of the line at t
         i = torch.searchsorted(noisier, wanted).clamp(1, len(noisier) - 1)
@@ -66,8 +67,8 @@ def _call(eps, x, timestep):
 
 
 def ddim(eps, x, steps, schedule):
-    """DDIM with eta = 0 (Song et al. 2020, equation 12) from noise x [B, ...] -> x_0, on the grid Stable Diffusion uses:
-    'leading' spacing, offset 1, the last step to alphas_cumprod[0]. steps: 1 to 999, else ValueError."""
+    """DDIM with eta = 0 (Song et al. 2020, equation 12) from noise x [B, ...] -> x_0, on the grid Stable Diffusion
+    uses: 'leading' spacing, offset 1, the last step to alphas_cumprod[0]. steps: 1 to 999, else ValueError."""
     _steps_ok(steps)
     stride = 1000 // steps
     a, b = schedule.scales()
@@ -80,9 +81,9 @@ def ddim(eps, x, steps, schedule):
 
 
 def dpm_solver(eps, x, steps, schedule, start=999):
-    """DPM-Solver++(2M) (Lu et al. 2022, algorithm 2) from noise x [B, ...] -> x_0: second order, one call a step, evenly
-    spaced timesteps, the end at sigma 0; the first and the last step are of first order. start: the timestep of x, where it
-    is no longer pure noise. steps: 1 to start (where that is 0: 1), else ValueError."""
+    """DPM-Solver++(2M) (Lu et al. 2022, algorithm 2) from noise x [B, ...] -> x_0: second order, one call a step,
+    evenly spaced timesteps, the end at sigma 0; the first and the last step are of first order. start: the timestep
+    of x, where it is no longer pure noise. steps: 1 to start (where that is 0: 1), else ValueError."""
     _steps_ok(steps, max(start, 1))
     grid = np.linspace(0, start, steps + 1).round()[1:][::-1].astype(int)
     a, b = ([scale[i] for i in grid] for scale in schedule.scales())
@@ -90,7 +91,8 @@ def dpm_solver(eps, x, steps, schedule, start=999):
     previous = None
     for i in range(steps):
         x1 = (x - b[i] * _call(eps, x, grid[i])) / a[i]
-        if i == steps - 1:                                                   # to sigma 0, where h is infinite: x is its own x1
+        # to sigma 0, where h is infinite: x is its own x1
+        if i == steps - 1:
             return x1
         h = lam[i + 1] - lam[i]
         slope = x1 if previous is None else x1 + h / (2 * (lam[i] - lam[i - 1])) * (x1 - previous)
@@ -108,9 +110,11 @@ def velocity_from_eps(eps, schedule):
     def v(z, t):
         shape = [-1] + [1] * (z.dim() - 1)
         index, a, b = schedule.index(t)
-        index = index.to(z.device, torch.promote_types(z.dtype, torch.float32))              # at least float32: bfloat16 would round 914.2 to 916
+        # at least float32: bfloat16 would round 914.2 to 916
+        index = index.to(z.device, torch.promote_types(z.dtype, torch.float32))
         a, b = a.to(z).reshape(shape), b.to(z).reshape(shape)
-        x = z / (t ** 2 + (1 - t) ** 2).sqrt().to(z.dtype).reshape(shape)    # a^2 + b^2 = 1: the ratio of the two paths' norms
+        # a^2 + b^2 = 1: the ratio of the two paths' norms
+        x = z / (t ** 2 + (1 - t) ** 2).sqrt().to(z.dtype).reshape(shape)
         e = eps(x, index).to(z.dtype)
         return (x - b * e) / a - e
     return v

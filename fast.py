@@ -1,6 +1,7 @@
 """Memory layout, packed weights and compilation: the same numbers, sooner.
 
-For sampling alone: gradients are switched off, and after `pack` and `compiled` a module is no longer one to be saved or trained.
+For sampling alone: gradients are switched off, and after `pack` and `compiled` a module is no longer one
+to be saved or trained.
 """
 import torch
 import torch.nn.functional as F
@@ -11,23 +12,27 @@ import vae
 
 
 def place(module, device, dtype=None):
-    """Put a module where it computes -> module, without gradients. On a GPU its weights are channels-last, as its convolutions are
-    fastest; on a CPU they stay as the file has them: `pack` has a better layout, and channels-last inputs decide the rest."""
+    """Put a module where it computes -> module, without gradients. On a GPU its weights are channels-last, as its
+    convolutions are fastest; on a CPU they stay as the file has them: `pack` has a better layout, and channels-last
+    inputs decide the rest."""
     module.to(device).to(dtype=dtype).requires_grad_(False)                  # in this order: a GPU converts in no time
     return module.to(memory_format=torch.channels_last) if torch.device(device).type == "cuda" else module
 
 
 class PackedConv(nn.Conv2d):
-    """A convolution on a CPU whose weights are brought into oneDNN's own layout once, in the first call, and not again in every
-    one: at 8 x 8 latents that takes many times as long as the convolution (benchmarks/README.md)."""
+    """A convolution on a CPU whose weights are brought into oneDNN's own layout once, in the first call, and not
+    again in every one: at 8 x 8 latents that takes many times as long as the convolution (benchmarks/README.md)."""
     plain = packed = None
 
     def forward(self, x):
         if self.packed is None:                            # which layout is best depends on the input's size
-            weight = converted(self.plain, x.dtype, torch.channels_last)                 # from here oneDNN's is reached in half the time
-            self.packed = torch.ops.mkldnn._reorder_convolution_weight(weight, self.padding, self.stride, self.dilation, self.groups, x.shape)
+            # from here oneDNN's is reached in half the time
+            weight = converted(self.plain, x.dtype, torch.channels_last)
+            self.packed = torch.ops.mkldnn._reorder_convolution_weight(
+                weight, self.padding, self.stride, self.dilation, self.groups, x.shape)
             self.plain = None
-        return torch.ops.mkldnn._convolution_pointwise(x, self.packed, self.bias, self.padding, self.stride, self.dilation, self.groups, "none", [], "")
+        return torch.ops.mkldnn._convolution_pointwise(
+            x, self.packed, self.bias, self.padding, self.stride, self.dilation, self.groups, "none", [], "")
 
 
 class PackedLinear(nn.Linear):
@@ -36,29 +41,34 @@ class PackedLinear(nn.Linear):
 
     def forward(self, x):
         if self.packed is None:
-            self.packed = torch.ops.mkldnn._reorder_linear_weight(converted(self.plain, x.dtype), x.numel() // x.shape[-1])
+            self.packed = torch.ops.mkldnn._reorder_linear_weight(
+                converted(self.plain, x.dtype), x.numel() // x.shape[-1])
             self.plain = None
         return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
 
 
 class PackedUpsample(nn.Module):
-    """Upsampling by two to the nearest neighbour, and the 3 x 3 convolution after it, as one operator. The convolution's nine inputs are
-    copies of only four pixels, so weights of the same pixel can be added up beforehand. That makes a transposed convolution of 4 x 4 and
-    stride 2: four products where there were nine, and no large picture in between."""
+    """Upsampling by two to the nearest neighbour, and the 3 x 3 convolution after it, as one operator. The
+    convolution's nine inputs are copies of only four pixels, so weights of the same pixel can be added up beforehand.
+    That makes a transposed convolution of 4 x 4 and stride 2: four products where there were nine, and no large
+    picture in between."""
     plain = packed = None
 
     def forward(self, x, size=None):
-        if size is not None and tuple(size) != (2 * x.shape[2], 2 * x.shape[3]):         # an odd size is not quite a double: for it self.conv keeps its weights
+        # an odd size is not quite a double: for it self.conv keeps its weights
+        if size is not None and tuple(size) != (2 * x.shape[2], 2 * x.shape[3]):
             return self.conv(F.interpolate(x, size=size, mode="nearest"))
         shape = (1, 1), (0, 0), (2, 2), (1, 1), 1          # padding, output padding, stride, dilation, groups
         if self.packed is None:
-            self.packed = torch.ops.mkldnn._reorder_convolution_transpose_weight(summed(self.plain, x.dtype), *shape, x.shape)
+            self.packed = torch.ops.mkldnn._reorder_convolution_transpose_weight(
+                summed(self.plain, x.dtype), *shape, x.shape)
             self.plain = None
         return torch.ops.mkldnn._convolution_transpose_pointwise(x, self.packed, self.conv.bias, *shape, "none", [], "")
 
 
 def converted(weight, dtype, layout=torch.contiguous_format):
-    """A weight in another dtype and memory layout, as by `to`; from float16 to bf16 in about half its time: by way of float32, a few rows at a time."""
+    """A weight in another dtype and memory layout, as by `to`; from float16 to bf16 in about half its time:
+    by way of float32, a few rows at a time."""
     if (weight.dtype, dtype) != (torch.float16, torch.bfloat16):
         return weight.to(dtype, memory_format=layout)
     out = torch.empty_like(weight, dtype=dtype, memory_format=layout)
@@ -68,10 +78,12 @@ def converted(weight, dtype, layout=torch.contiguous_format):
 
 
 def summed(weight, dtype):
-    """A convolution's weights [O, I, 3, 3] -> those of the transposed one [I, O, 4, 4] that takes the place of it and of the upsampling
-    before it: along each axis w2, w2 + w1, w1 + w0, w0. They are rounded to `dtype` first, as all weights are, and added in float32."""
+    """A convolution's weights [O, I, 3, 3] -> those of the transposed one [I, O, 4, 4] that takes the place of it and
+    of the upsampling before it: along each axis w2, w2 + w1, w1 + w0, w0. They are rounded to `dtype` first, as all
+    weights are, and added in float32."""
     kernel = torch.empty(weight.shape[1], 4, 4, weight.shape[0], dtype=dtype)
-    for k in range(0, len(kernel), 32):                    # a few at a time: touching new memory takes longer than the sums
+    # a few at a time: touching new memory takes longer than the sums
+    for k in range(0, len(kernel), 32):
         part = converted(weight[:, k:k + 32], dtype).float().permute(1, 2, 3, 0)
         for axis in (1, 2):
             w0, w1, w2 = part.unbind(axis)
@@ -84,10 +96,11 @@ PACKED = {nn.Conv2d: PackedConv, nn.Linear: PackedLinear, unet.Upsample: PackedU
 
 
 def pack(module, dtype=None):
-    """Have a module's convolutions, upsamplings and bf16 matrix products pack their weights when they are first used -> module. Only on a CPU
-    where oneDNN computes in the dtype; elsewhere they stay as they are. dtype: what the module is to compute in, None what it has. Weights
-    that will be packed are converted only then, and until then may stay in their file; the others are converted here. (These are the
-    operators that torch.compile calls: PyTorch has no public names for them.)"""
+    """Have a module's convolutions, upsamplings and bf16 matrix products pack their weights when they are first used
+    -> module. Only on a CPU where oneDNN computes in the dtype; elsewhere they stay as they are. dtype: what the
+    module is to compute in, None what it has. Weights that will be packed are converted only then, and until then may
+    stay in their file; the others are converted here. (These are the operators that torch.compile calls: PyTorch has
+    no public names for them.)"""
     p = next(module.parameters())
     dtype = dtype or p.dtype
     known = p.device.type == "cpu" and torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
@@ -111,16 +124,19 @@ def leave(module):
 
 
 def compiled(module, device, graphs=True):
-    """torch.compile, in place, for the sizes it meets; device: where it will run -> module. graphs: on a GPU, replay CUDA graphs:
-    an output is overwritten by the next call. torch itself caches the compiled code on disk, and the next process finds it there."""
-    torch._dynamo.config.recompile_limit = 64              # sizes and dtypes, over all modules of a class; past its default of 8 torch runs uncompiled
+    """torch.compile, in place, for the sizes it meets; device: where it will run -> module. graphs: on a GPU, replay
+    CUDA graphs: an output is overwritten by the next call. torch itself caches the compiled code on disk, and the
+    next process finds it there."""
+    # sizes and dtypes, over all modules of a class; past its default of 8 torch runs uncompiled
+    torch._dynamo.config.recompile_limit = 64
     module.compile(mode="reduce-overhead" if torch.device(device).type == "cuda" and graphs else None, dynamic=False)
     return module
 
 
 def graphed(module):
-    """Record a network's calls on a GPU, once for each size and dtype of its inputs and dtype of autocast, and replay them from then on -> module.
-    For networks so small that launching their kernels from Python takes longer than running them; all inputs are tensors, and there are no gradients."""
+    """Record a network's calls on a GPU, once for each size and dtype of its inputs and dtype of autocast, and replay
+    them from then on -> module. For networks so small that launching their kernels from Python takes longer than
+    running them; all inputs are tensors, and there are no gradients."""
     forward, graphs = module.forward, {}
 
     def replay(*inputs):

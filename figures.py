@@ -12,7 +12,8 @@ from checkpoint import write_by
 
 # Colours that the colour-blind tell apart too (Okabe and Ito 2008); line and marker tell the same without any.
 STYLES = [dict(color=colour, marker=marker, linestyle=line) for colour, marker, line in zip(
-    ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000"), "os^DvPX", ("-", "--", "-.", (0, (5, 1, 1, 1, 1, 1)), (0, (2, 1)), (0, (8, 2)), "-"))]
+    ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000"), "os^DvPX",
+    ("-", "--", "-.", (0, (5, 1, 1, 1, 1, 1)), (0, (2, 1)), (0, (8, 2)), "-"))]
 LEVEL = dict(color="0.35", marker="*", linestyle=":")      # what there is to compare with
 
 EDGE = 5.2                # of every panel of a flow in the plane, in the data's units
@@ -22,13 +23,14 @@ DARK = "#123f77"
 # --- experiments ---
 
 def curves(lines, panels, path, level=None, notes=()):
-    """lines: {name: [(x, y) of each panel]}, panels: [what Axes.set takes] -> a PNG. level: the name of the line that is no model but
-    something to compare with. notes: what stands beside each point of a line."""
+    """lines: {name: [(x, y) of each panel]}, panels: [what Axes.set takes] -> a PNG. level: the name of the line that
+    is no model but something to compare with. notes: what stands beside each point of a line."""
     page = Figure(figsize=(1.2 + 6.6 * len(panels), 6.6), layout="constrained")
     for k, (panel, words) in enumerate(zip(page.subplots(1, len(panels), squeeze=False)[0], panels)):
         for (name, drawn), style in zip(lines.items(), cycle(STYLES)):
             x, y = drawn[k]
-            panel.plot(x, y, label=name, lw=2.4, ms=10, markevery=max(1, len(x) // 10), **(LEVEL if name == level else style))
+            panel.plot(x, y, label=name, lw=2.4, ms=10, markevery=max(1, len(x) // 10),
+                       **(LEVEL if name == level else style))
             for point in zip(notes, x, y):
                 panel.annotate(point[0], point[1:], (8, 6), textcoords="offset points", fontsize=13)
         panel.set(**words)
@@ -36,12 +38,14 @@ def curves(lines, panels, path, level=None, notes=()):
         for axis in (panel.xaxis, panel.yaxis):
             axis.label.set_size(16)
             if axis.get_scale() == "log":                  # 10, 20, 50, in place of powers
-                axis.set_major_locator(axis.get_major_locator() if isinstance(axis.get_major_locator(), FixedLocator) else LogLocator(subs=(1, 2, 5)))
+                axis.set_major_locator(axis.get_major_locator() if isinstance(axis.get_major_locator(), FixedLocator)
+                                       else LogLocator(subs=(1, 2, 5)))
                 axis.set_minor_locator(NullLocator())
                 axis.set_major_formatter("{x:g}")
         panel.tick_params(labelsize=14)
         panel.grid(color="0.9")
-    page.legend(*panel.get_legend_handles_labels(), loc="outside lower center", ncols=2 * len(panels), fontsize=14, handlelength=4)
+    page.legend(*panel.get_legend_handles_labels(), loc="outside lower center", ncols=2 * len(panels), fontsize=14,
+                handlelength=4)
     write_by(page.savefig, path, dpi=90)
 
 
@@ -79,8 +83,8 @@ def inks(colours, n):
 
 
 def coupling(truth, colours, rows, titles, path, lines=120):
-    """One row a flow, (name, way [steps + 1, n, 2], its two numbers, [(samples [n, 2], number)]): noise joined to its end,
-    the way between, and samples over the true points -> a PNG. titles: of the columns."""
+    """One row a flow, (name, way [steps + 1, n, 2], its two numbers, [(samples [n, 2], number)]): noise joined to its
+    end, the way between, and samples over the true points -> a PNG. titles: of the columns."""
     page, axes = panels(len(rows), 2 + len(rows[0][3]))
     ink = inks(colours, len(truth))
     for row, (name, way, numbers, samples) in enumerate(rows):

@@ -8,10 +8,11 @@ import torch
 
 
 def noise(stream, seed, index, shape):
-    """X0 ~ N(0, I), named by stream, seed and index: float32 tensor of `shape`, the same on any device and in any batch.
+    """X0 ~ N(0, I), named by stream, seed and index: float32 tensor of `shape`,
+    the same on any device and in any batch.
 
-    stream: 0 sampling and evaluation, 1 pair generation, so that no student is evaluated on noise that it was trained on;
-    seed and index: whole numbers >= 0. Raises ValueError where one is negative.
+    stream: 0 sampling and evaluation, 1 pair generation, so that no student is evaluated on noise that it was trained
+    on; seed and index: whole numbers >= 0. Raises ValueError where one is negative.
     """
     return torch.from_numpy(np.random.default_rng([stream, seed, index]).standard_normal(shape, dtype=np.float32))
 
@@ -28,8 +29,8 @@ def interpolate(x0, x1, t):
 
 
 def flow_loss(velocity, x0, x1, t, reduction="mean", huber=False):
-    """E ||(X1 - X0) - v(X_t, t)||^2 (the rectified flow objective), averaged over elements. reduction: "mean" -> 0-d, "none" -> [B].
-    huber: `pseudo_huber` in place of the square."""
+    """E ||(X1 - X0) - v(X_t, t)||^2 (the rectified flow objective), averaged over elements. reduction: "mean" -> 0-d,
+    "none" -> [B]. huber: `pseudo_huber` in place of the square."""
     if reduction not in ("mean", "none"):
         raise ValueError(f'reduction is {reduction!r}; it must be "mean" or "none"')
     error = ((x1 - x0) - velocity(interpolate(x0, x1, t), t)).float().flatten(1)             # [B, d]
@@ -38,8 +39,8 @@ def flow_loss(velocity, x0, x1, t, reduction="mean", huber=False):
 
 
 def pseudo_huber(error):
-    """(sqrt(||e||^2 + c^2) - c) / d with c = 0.00054 d, of errors [B, d] -> [B] (Lee, Lin and Fanti 2024, section 4): large errors
-    count by their size, not its square."""
+    """(sqrt(||e||^2 + c^2) - c) / d with c = 0.00054 d, of errors [B, d] -> [B] (Lee, Lin and Fanti 2024, section 4):
+    large errors count by their size, not its square."""
     d = error.shape[1]
     c = 0.00054 * d
     return ((error.square().sum(1) + c * c).sqrt() - c) / d
@@ -70,9 +71,11 @@ def sample_time(n, density="uniform", generator=None):
 
 
 def guided(velocity, context, null, alpha):
-    """v^alpha = alpha v(.|T) + (1 - alpha) v(.|NULL), guidance on the velocity, of a velocity(x, t, context) -> a function v(x, t).
+    """v^alpha = alpha v(.|T) + (1 - alpha) v(.|NULL), guidance on the velocity, of a velocity(x, t, context)
+    -> a function v(x, t).
 
-    context: [B, ...], null the same or [1, ...]. Both run as one batch of 2 B; alpha = 1 needs no NULL, and costs one call of B.
+    context: [B, ...], null the same or [1, ...]. Both run as one batch of 2 B; alpha = 1 needs no NULL,
+    and costs one call of B.
     """
     if alpha == 1:
         return lambda x, t: velocity(x, t, context)
@@ -94,7 +97,8 @@ def _grid(x, steps):
 
 
 def euler(velocity, x0, steps, path=False):
-    """Z += v(Z, t) / N for t = 0, 1/N, ... (the ODE dZ = v dt in N steps; exact in one step where the flow is straight).
+    """Z += v(Z, t) / N for t = 0, 1/N, ...
+    (the ODE dZ = v dt in N steps; exact in one step where the flow is straight).
 
     -> Z_1 with the shape of x0; with path=True all points, [steps + 1, B, ...], x0 first. steps < 1 is a ValueError.
     """

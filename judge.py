@@ -40,11 +40,13 @@ CHANNELS = (16, 32, 64, 96, 128)
 LAYERS = (2, 2, 3, 3, 3)      # VGG16's convolutions in each of its five blocks
 GRID, CELL = 16, 4.0          # cells a side, and pixels a cell, of the map of objects
 SIGMA = 0.8                   # cells, of the gaussian peak an object has in the heat map
-THRESHOLD = 0.4               # on the heat: at worst an object lies between four cells, each at exp(-0.25 / 0.64) = 0.68
+# on the heat: at worst an object lies between four cells, each at exp(-0.25 / 0.64) = 0.68
+THRESHOLD = 0.4
 APART = 9.0                   # pixels, along the larger axis: any two objects of a scene are farther apart
 PARTS = {"heat": 1, "offset": 2, "shape": len(scenes.SHAPES), "size": len(scenes.SIZES)}
 COLOURS = tuple(scenes.COLOURS)
-WINDOW = 14                   # side in pixels of the window a colour is read from: small enough that no other object is in it
+# side in pixels of the window a colour is read from: small enough that no other object is in it
+WINDOW = 14
 
 Seen = namedtuple("Seen", "shape colour size x y heat")            # x, y in pixels; heat in [0, 1]: how sure
 Reading = namedtuple("Reading", "objects tone texture")            # what a picture shows: Seen objects, strongest first
@@ -87,7 +89,8 @@ class Judge(nn.Module):
         return taps
 
     def forward(self, images):
-        """-> {part: [B, n, 16, 16]} of PARTS (heat as a logit) and "colour", plus "tone" [B, 2] and "texture" [B, 4]."""
+        """-> {part: [B, n, 16, 16]} of PARTS (heat as a logit) and "colour",
+        plus "tone" [B, 2] and "texture" [B, 4]."""
         fine, *taps = self.trunk(images)
         both = torch.cat([taps[1], F.interpolate(taps[2], scale_factor=2)], dim=1)          # [B, c4 + c5, 8, 8]
         out = dict(zip(PARTS, self.objects(both).float().split(list(PARTS.values()), dim=1)))      # [B, ..., 16, 16]
@@ -125,13 +128,15 @@ class Judge(nn.Module):
                     if all(max(abs(px - o.x), abs(py - o.y)) >= APART for o in found):
                         found.append(Seen(scenes.SHAPES[words["shape"][b, r, c]], COLOURS[words["colour"][b, r, c]],
                                           scenes.SIZES[words["size"][b, r, c]], px, py, float(heat[b, r, c])))
-                readings.append(Reading(tuple(found), scenes.TONES[words["tone"][b]], scenes.TEXTURES[words["texture"][b]]))
+                readings.append(Reading(tuple(found), scenes.TONES[words["tone"][b]],
+                                        scenes.TEXTURES[words["texture"][b]]))
         return readings
 
     def save(self, folder, **made):
         """Write judge.safetensors (float16) and judge.json (channels, and `made`: how it came to be)."""
         training.write_tensors(Path(folder) / "judge.safetensors", self.state_dict(), dtype=torch.float16)
-        training.write(Path(folder) / "judge.json", (json.dumps({"channels": self.channels} | made, indent=2) + "\n").encode())
+        training.write(Path(folder) / "judge.json",
+                       (json.dumps({"channels": self.channels} | made, indent=2) + "\n").encode())
 
     @classmethod
     def load(cls, folder, device="cpu"):
@@ -143,7 +148,8 @@ class Judge(nn.Module):
             raise cli.UserError(f"{folder} holds no judge ({Path(error.filename or folder).name} is missing); "
                                 "make one with: python judge.py train") from None
         except (SafetensorError, OSError, ValueError, LookupError, TypeError, RuntimeError) as error:
-            raise cli.UserError(f"{folder}: damaged judge ({error}); make it again with: python judge.py train") from None
+            raise cli.UserError(f"{folder}: damaged judge ({error}); "
+                                "make it again with: python judge.py train") from None
         return judge.to(device, memory_format=torch.channels_last).requires_grad_(False).eval()
 
 
@@ -151,18 +157,21 @@ def pixels(images):
     """Float tensor [B, 3, H, W] in [-1, 1] of: such a tensor, a uint8 array [B, H, W, 3], or PIL images."""
     if isinstance(images, torch.Tensor):
         return images.float()
-    array = np.asarray(images) if isinstance(images, np.ndarray) else np.stack([np.asarray(i.convert("RGB")) for i in images])
+    array = (np.asarray(images) if isinstance(images, np.ndarray)
+             else np.stack([np.asarray(i.convert("RGB")) for i in images]))
     return torch.from_numpy(array).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def matches(reading, claim, relations=True, margin=3.0):
     """Whether a Reading shows a scenes.Claim exactly: as many objects, each claimed one among them, every said
     relation true by at least `margin` pixels, the background as said. relations=False ignores who is where."""
-    if len(reading.objects) != len(claim.objects) or claim.tone not in (None, reading.tone) or claim.texture not in (None, reading.texture):
+    if (len(reading.objects) != len(claim.objects) or claim.tone not in (None, reading.tone)
+            or claim.texture not in (None, reading.texture)):
         return False
     towards = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
     for order in permutations(reading.objects):
-        if all((o.shape, o.colour) == (shape, colour) and size in (None, o.size) for o, (shape, colour, size) in zip(order, claim.objects)):
+        if all((o.shape, o.colour) == (shape, colour) and size in (None, o.size)
+               for o, (shape, colour, size) in zip(order, claim.objects)):
             ahead = [(order[i].x - order[j].x) * towards[word][0] + (order[i].y - order[j].y) * towards[word][1]
                      for i, word, j in claim.relations]
             if not relations or all(pixel >= margin for pixel in ahead):
@@ -171,15 +180,18 @@ def matches(reading, claim, relations=True, margin=3.0):
 
 
 def exact_match(judge, images, captions):
-    """How many pictures show their captions -> {"n", "exact", "unordered" (relations ignored), "related" (of those with a relation
-    in the caption that are right apart from relations, the share with these right too; None where there are none. Placed at random,
-    one relation holds in some 0.4), "by_objects": {1: {the same}, ...}}, rates in [0, 1]. ValueError on a caption outside the grammar."""
+    """How many pictures show their captions -> {"n", "exact", "unordered" (relations ignored), "related" (of those
+    with a relation in the caption that are right apart from relations, the share with these right too; None where
+    there are none. Placed at random, one relation holds in some 0.4), "by_objects": {1: {the same}, ...}},
+    rates in [0, 1]. ValueError on a caption outside the grammar."""
     claims = [scenes.parse(caption) for caption in captions]
-    hits = [(len(c.objects), matches(r, c), matches(r, c, relations=False), bool(c.relations)) for r, c in zip(judge.read(images), claims, strict=True)]
+    hits = [(len(c.objects), matches(r, c), matches(r, c, relations=False), bool(c.relations))
+            for r, c in zip(judge.read(images), claims, strict=True)]
 
     def rates(rows):
         share, related = (lambda which: sum(which) / max(len(which), 1)), [row[1] for row in rows if row[2] and row[3]]
-        return {"n": len(rows), "exact": share([row[1] for row in rows]), "unordered": share([row[2] for row in rows]), "related": share(related) if related else None}
+        return {"n": len(rows), "exact": share([row[1] for row in rows]), "unordered": share([row[2] for row in rows]),
+                "related": share(related) if related else None}
     counts = sorted({row[0] for row in hits})
     return rates(hits) | {"by_objects": {count: rates([row for row in hits if row[0] == count]) for count in counts}}
 
@@ -189,13 +201,15 @@ def exact_match(judge, images, captions):
 def render(seed, n):
     """n scenes of split "train" -> uint8 [n, 64, 64, 3], objects float32 [n, 3, 6] (there, x, y, shape, colour,
     size; zeros where there is none), ground int64 [n, 2] (tone, texture)."""
-    images, objects, ground = np.empty((n, scenes.SIZE, scenes.SIZE, 3), np.uint8), np.zeros((n, 3, 6), np.float32), np.empty((n, 2), np.int64)
+    images = np.empty((n, scenes.SIZE, scenes.SIZE, 3), np.uint8)
+    objects, ground = np.zeros((n, 3, 6), np.float32), np.empty((n, 2), np.int64)
     for i in tqdm(range(n), desc="render", mininterval=1, leave=False):
         one = scenes.scene(seed, i)
         images[i] = scenes.draw(one)
         ground[i] = scenes.TONES.index(one.tone), scenes.TEXTURES.index(one.texture)
         for j, o in enumerate(one.objects):
-            objects[i, j] = 1, o.x, o.y, scenes.SHAPES.index(o.shape), COLOURS.index(o.colour), scenes.SIZES.index(o.size)
+            objects[i, j] = (1, o.x, o.y, scenes.SHAPES.index(o.shape), COLOURS.index(o.colour),
+                             scenes.SIZES.index(o.size))
     return torch.from_numpy(images), torch.from_numpy(objects), torch.from_numpy(ground)
 
 
@@ -230,8 +244,10 @@ def judge_loss(out, objects, ground, true):
     heat, owner = heat.max(1)                                                               # [B, 16, 16]
     near = heat * (heat > 0.2)
     near = near / near.sum((1, 2), keepdim=True)
-    mine = {name: objects[:, :, 3 + i].gather(1, owner.flatten(1)).view_as(owner).long() for i, name in enumerate(("shape", "colour", "size"))}
-    offset = torch.stack([d.expand(-1, -1, GRID, GRID).gather(1, owner[:, None])[:, 0] for d in (dx, dy)], dim=1)     # [B, 2, 16, 16]
+    mine = {name: objects[:, :, 3 + i].gather(1, owner.flatten(1)).view_as(owner).long()
+            for i, name in enumerate(("shape", "colour", "size"))}
+    offset = torch.stack([d.expand(-1, -1, GRID, GRID).gather(1, owner[:, None])[:, 0]
+                          for d in (dx, dy)], dim=1)                                        # [B, 2, 16, 16]
     loss = 40 * F.binary_cross_entropy_with_logits(out["heat"][:, 0], heat, reduction="none").mean((1, 2))
     loss = loss + (near * F.smooth_l1_loss(out["offset"], offset, reduction="none", beta=0.2).sum(1)).sum((1, 2))
     for name, weight in (("shape", 1.0), ("colour", true.float()), ("size", 1.0)):
@@ -270,22 +286,28 @@ def report(folder, n, device, seed=1_000_003):
     for split in scenes.SPLITS:
         images, captions, drawn = scenes.batch(seed, 0, n, split)
         rates, readings = exact_match(judge, images, captions), judge.read(images)
-        whole = sum(sorted((o.shape, o.colour, o.size) for o in r.objects) == sorted((o.shape, o.colour, o.size) for o in s.objects)
+        whole = sum(sorted((o.shape, o.colour, o.size) for o in r.objects)
+                    == sorted((o.shape, o.colour, o.size) for o in s.objects)
                     and (r.tone, r.texture) == (s.tone, s.texture) for r, s in zip(readings, drawn))
-        print(f"{split:9s} {n} scenes: exact match {rates['exact']:.4f} (order ignored {rates['unordered']:.4f}), by objects "
-              + ", ".join(f"{k}: {v['exact']:.4f} of {v['n']}" for k, v in rates["by_objects"].items()) + f"; all of the scene, said or not: {whole / n:.4f}")
+        print(f"{split:9s} {n} scenes: exact match {rates['exact']:.4f} "
+              f"(order ignored {rates['unordered']:.4f}), by objects "
+              + ", ".join(f"{k}: {v['exact']:.4f} of {v['n']}" for k, v in rates["by_objects"].items())
+              + f"; all of the scene, said or not: {whole / n:.4f}")
 
 
 def main():
     parser = cli.Parser(__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("train", help="train a judge from nothing", doc="Train a judge from nothing.")
-    command.add_argument("--out", type=cli.folder, required=True, help="folder of the judge; checkpoints and log in its training/")
+    command.add_argument("--out", type=cli.folder, required=True,
+                         help="folder of the judge; checkpoints and log in its training/")
     for name, value in TRAIN.items():
         kind = cli.number(0) if isinstance(value, float) else cli.seed if name == "seed" else cli.positive
         command.add_argument(f"--{name.replace('_', '-')}", type=kind, default=value, help=f"default {value}")
-    command.add_argument("--check", type=cli.positive, default=5_000, help="fresh scenes of each split to be measured on at the end; default 5000")
-    command = commands.add_parser("check", help="measure a judge on fresh scenes", doc="Measure a judge on fresh scenes.")
+    command.add_argument("--check", type=cli.positive, default=5_000,
+                         help="fresh scenes of each split to be measured on at the end; default 5000")
+    command = commands.add_parser("check", help="measure a judge on fresh scenes",
+                                  doc="Measure a judge on fresh scenes.")
     command.add_argument("--model", type=Path, required=True, help="folder of the judge")
     command.add_argument("--n", type=cli.positive, default=5_000, help="scenes of each split; default 5000")
     args = parser.parse_args()

@@ -1,4 +1,5 @@
-"""The log of a training: JSON lines and their plot. Loss, also by t; gradient norm and skipped steps; speed, memory, time left.
+"""The log of a training: JSON lines and their plot. Loss, also by t; gradient norm and skipped steps;
+speed, memory, time left.
 
 Everything is over all processes, and seconds are wall-clock time: sample grids and checkpoints slow a run, and count.
 """
@@ -22,16 +23,21 @@ import cli
 from checkpoint import write, write_by
 
 # Dense bf16 FLOP/s by NVIDIA's data sheets, for names as torch.cuda.get_device_name() gives them; the first that fits.
-PEAKS = (("H200", 989e12), ("H100 PCIe", 756e12), ("H100 NVL", 835e12), ("H100", 989e12), ("A100", 312e12), ("L40S", 362e12), ("RTX 4090", 165e12))
-SKIPS, OF = 20, 100                                        # a run is stopped after more than SKIPS skipped steps among the last OF
+PEAKS = (("H200", 989e12), ("H100 PCIe", 756e12), ("H100 NVL", 835e12), ("H100", 989e12), ("A100", 312e12),
+         ("L40S", 362e12), ("RTX 4090", 165e12))
+# a run is stopped after more than SKIPS skipped steps among the last OF
+SKIPS, OF = 20, 100
 
 
 class Log:
-    """JSON lines in `folder`/log.jsonl and their plot, log.png. Lines after `step` (of a run that was killed) are dropped.
-    total: steps of the run, for the time left; flops: the model's operations per sample, for its share of the peak FLOP/s where that is known."""
+    """JSON lines in `folder`/log.jsonl and their plot, log.png.
+    Lines after `step` (of a run that was killed) are dropped.
+    total: steps of the run, for the time left; flops: the model's operations per sample,
+    for its share of the peak FLOP/s where that is known."""
 
     def __init__(self, folder, step=0, bins=10, writes=True, total=0, flops=0):
-        self.path, self.bins, self.writes, self.total, self.flops = Path(folder) / "log.jsonl", bins, writes, total, flops
+        self.path, self.bins, self.writes = Path(folder) / "log.jsonl", bins, writes
+        self.total, self.flops = total, flops
         self.step, self.skips = step, deque(maxlen=OF)
         lines = self.path.read_text().splitlines() if self.path.exists() else []
         self.lines = [line for line in map(_json, lines) if line and line["step"] <= step]
@@ -40,7 +46,8 @@ class Log:
         self.clear()
 
     def clear(self):
-        self.sum, self.count, self.last, self.skipped, self.started = torch.zeros(self.bins + 1), torch.zeros(self.bins + 1), {}, 0, time.time()
+        self.sum, self.count = torch.zeros(self.bins + 1), torch.zeros(self.bins + 1)
+        self.last, self.skipped, self.started = {}, 0, time.time()
 
     def add(self, losses, t=None, **values):
         """Losses [B] at times t [B] (for the bins) and any other numbers, of which the last is written. `gradient` is
@@ -48,10 +55,11 @@ class Log:
         Losses stay on their device: looking at them here would make a GPU wait."""
         losses = losses.detach().float()
         finite = losses.isfinite()
-        where = torch.zeros(len(losses), self.bins + 1, device=losses.device)                # [B, bins + 1]: the last is all
+        where = torch.zeros(len(losses), self.bins + 1, device=losses.device)           # [B, bins + 1]: the last is all
         where[:, self.bins] = 1
         if t is not None:
-            where[:, :self.bins] = F.one_hot((t.detach().to(losses.device) * self.bins).long().clamp(0, self.bins - 1), self.bins)
+            where[:, :self.bins] = F.one_hot(
+                (t.detach().to(losses.device) * self.bins).long().clamp(0, self.bins - 1), self.bins)
         self.sum = self.sum.to(losses.device) + losses.where(finite, torch.zeros_like(losses)) @ where
         self.count = self.count.to(losses.device) + finite.float() @ where
         if "gradient" in values:
@@ -60,20 +68,24 @@ class Log:
                 del values["gradient"]
                 self.skipped += 1
                 if sum(self.skips) > SKIPS:
-                    raise cli.UserError(f"{sum(self.skips)} of the last {len(self.skips)} steps had a gradient that was not finite or larger than --explode, and were skipped; "
-                                        "start anew, in another --out, with a lower --lr (and look at the pairs with `pairs.py verify`); the checkpoints here are from before")
+                    raise cli.UserError(f"{sum(self.skips)} of the last {len(self.skips)} steps had a gradient "
+                                        "that was not finite or larger than --explode, and were skipped; "
+                                        "start anew, in another --out, with a lower --lr (and look at the pairs with "
+                                        "`pairs.py verify`); the checkpoints here are from before")
         self.last |= values
 
     def write(self, step, world):
         """Average over all processes since the last line, and write one line."""
-        sums, memory = torch.stack([self.sum, self.count]).to(world.device), torch.tensor(peak_memory(world.device), device=world.device)
+        sums = torch.stack([self.sum, self.count]).to(world.device)
+        memory = torch.tensor(peak_memory(world.device), device=world.device)
         if world.size > 1:
             dist.all_reduce(sums)
             dist.all_reduce(memory, dist.ReduceOp.MAX)
         mean = [None if m != m else m for m in (sums[0] / sums[1]).tolist()]                 # 0/0 is NaN: an empty bin
         seconds = time.time() - self.started
         speed = float(sums[1][-1]) / seconds
-        line = {"step": step, "loss": mean[-1], **self.last, "seconds": round(seconds, 2), "samples_per_second": round(speed, 2), "memory_gib": round(float(memory), 2)}
+        line = {"step": step, "loss": mean[-1], **self.last, "seconds": round(seconds, 2),
+                "samples_per_second": round(speed, 2), "memory_gib": round(float(memory), 2)}
         if self.skipped:
             line["skipped"] = self.skipped
         if self.flops and peak(hardware()):
@@ -93,7 +105,8 @@ class Log:
     def plot(self, title):
         """Loss over steps, and the last loss by t: log.png beside log.jsonl."""
         from matplotlib.figure import Figure               # without pyplot: no window, and nothing to close
-        binned, blank = [line for line in self.lines if "loss_by_t" in line], lambda values: [np.nan if v is None else v for v in values]
+        binned = [line for line in self.lines if "loss_by_t" in line]
+        blank = lambda values: [np.nan if v is None else v for v in values]
         figure = Figure(figsize=(11 if binned else 6, 4), layout="tight")
         axes = figure.subplots(1, 2 if binned else 1, squeeze=False)
         axes[0, 0].plot([line["step"] for line in self.lines], blank(line["loss"] for line in self.lines))
@@ -101,7 +114,8 @@ class Log:
         if binned:
             centres = (np.arange(self.bins) + 0.5) / self.bins
             axes[0, 1].plot(centres, blank(binned[-1]["loss_by_t"]), "o-")
-            axes[0, 1].set(xlabel="t (0 noise, 1 image)", ylabel="loss", title=f"by time, at iteration {binned[-1]['step']}")
+            axes[0, 1].set(xlabel="t (0 noise, 1 image)", ylabel="loss",
+                           title=f"by time, at iteration {binned[-1]['step']}")
         write_by(figure.savefig, self.path.with_suffix(".png"), dpi=90)
 
 
@@ -113,7 +127,8 @@ def _json(line):
 
 
 def flops(call):
-    """Floating point operations of call() (two a multiply-add, as everyone counts), on the meta device: nothing is computed."""
+    """Floating point operations of call() (two a multiply-add, as everyone counts), on the meta device:
+    nothing is computed."""
     from torch.utils.flop_counter import FlopCounterMode   # here: it imports triton
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
         call()
@@ -145,7 +160,9 @@ def hardware():
 
 
 def made(folder, seed):
-    """Where a model comes from, for its JSON: command, seed, hardware, seconds (from the log: over all restarts, lost work not counted), date."""
+    """Where a model comes from, for its JSON: command, seed, hardware, seconds (from the log:
+    over all restarts, lost work not counted), date."""
     lines = filter(None, map(_json, (Path(folder) / "log.jsonl").read_text().splitlines()))
-    return {"command": shlex.join(["python", *sys.argv]), "processes": int(os.environ.get("WORLD_SIZE", 1)), "seed": seed, "hardware": hardware(),
+    return {"command": shlex.join(["python", *sys.argv]), "processes": int(os.environ.get("WORLD_SIZE", 1)),
+            "seed": seed, "hardware": hardware(),
             "seconds": round(sum(line.get("seconds", 0) for line in lines)), "date": time.strftime("%Y-%m-%d")}

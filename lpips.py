@@ -11,15 +11,15 @@ from torch import nn
 
 from cli import UserError
 
-BLOCKS = ((0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28))      # VGG16's convolutions; a max pool between blocks
+BLOCKS = ((0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28))    # VGG16's convolutions; a max pool between blocks
 
 
 class LPIPS(nn.Module):
     """LPIPS(vgg, linear=None)(a, b): images [B, 3, H, W] in [-1, 1], compared at the size they come in -> distance [B].
 
-    vgg: file of VGG16's weights (keys features.0.weight, ...), .safetensors or .pth. linear: file of the layers' weights
-    (lin0.model.1.weight [1, C, 1, 1], ... as in the lpips package); None weighs all channels of a layer alike, 1 / C.
-    Raises UserError where a file is missing or another network's.
+    vgg: file of VGG16's weights (keys features.0.weight, ...), .safetensors or .pth. linear: file of the layers'
+    weights (lin0.model.1.weight [1, C, 1, 1], ... as in the lpips package); None weighs all channels of a layer
+    alike, 1 / C. Raises UserError where a file is missing or another network's.
     """
 
     def __init__(self, vgg, linear=None):
@@ -29,7 +29,8 @@ class LPIPS(nn.Module):
         for i in (i for block in BLOCKS for i in block):
             weight, bias = (tensors.get(f"features.{i}.{kind}") for kind in ("weight", "bias"))
             if weight is None or bias is None or weight.shape[1:] != (channels, 3, 3) or bias.shape != weight.shape[:1]:
-                raise UserError(f"{vgg}: features.{i} is missing or no 3x3 convolution of {channels} channels: these are not VGG16's weights, nor the judge's")
+                raise UserError(f"{vgg}: features.{i} is missing or no 3x3 convolution of {channels} channels: "
+                                "these are not VGG16's weights, nor the judge's")
             conv = nn.Conv2d(channels, len(weight), 3, padding=1)
             conv.load_state_dict({"weight": weight.float(), "bias": bias.float()})
             self.features[str(i)], channels = conv, len(weight)
@@ -38,7 +39,8 @@ class LPIPS(nn.Module):
         for k, width in enumerate(widths):
             lin = given.get(f"lin{k}.model.1.weight", None if linear else torch.full((1, width, 1, 1), 1 / width))
             if lin is None or lin.shape != (1, width, 1, 1):
-                raise UserError(f"{linear}: lin{k}.model.1.weight is missing or not [1, {width}, 1, 1]: it is for another trunk")
+                raise UserError(f"{linear}: lin{k}.model.1.weight is missing or not [1, {width}, 1, 1]: "
+                                "it is for another trunk")
             self.register_buffer(f"lin{k}", lin.float())
         self.register_buffer("shift", torch.tensor([-.030, -.088, -.188]).reshape(1, 3, 1, 1))
         self.register_buffer("scale", torch.tensor([.458, .448, .450]).reshape(1, 3, 1, 1))
@@ -53,7 +55,8 @@ class LPIPS(nn.Module):
             for i in block:
                 x = F.relu(self.features[str(i)](x))
             x32 = x.float()
-            yield x32 / (x32.square().sum(1, keepdim=True) + 1e-20).sqrt()   # inside the root: outside, the gradient at 0 is NaN
+            # inside the root: outside, the gradient at 0 is NaN
+            yield x32 / (x32.square().sum(1, keepdim=True) + 1e-20).sqrt()
 
     def forward(self, a, b):
         total = 0
@@ -70,9 +73,11 @@ def read_weights(path):
         if str(path).endswith(".safetensors"):
             return load_file(path)
         tensors = torch.load(path, map_location="cpu", weights_only=True)    # never a pickle that can run code
-    except Exception as error:                             # a damaged pickle raises whatever it likes; torch's own advice is to run its code
+    except Exception as error:
+        # a damaged pickle raises whatever it likes; torch's own advice is to run its code
         reason = "" if "weights only" in str(error).lower().replace("_", " ") else " ".join(str(error).split())[:120]
-        raise UserError(f"{path} is no whole file of tensors ({reason or type(error).__name__}); fetch it again") from None
+        raise UserError(f"{path} is no whole file of tensors ({reason or type(error).__name__}); "
+                        "fetch it again") from None
     if not isinstance(tensors, dict) or not all(map(torch.is_tensor, tensors.values())):
         raise UserError(f"{path} holds no tensors by name; save the network's state_dict()")
     return tensors
@@ -83,6 +88,7 @@ def random_vgg(widths=(64, 128, 256, 512, 512)):
     tensors, channels = {}, 3
     for block, width in zip(BLOCKS, widths):
         for i in block:
-            tensors |= {f"features.{i}.weight": torch.randn(width, channels, 3, 3) * (2 / (9 * channels)) ** 0.5, f"features.{i}.bias": torch.zeros(width)}
+            tensors |= {f"features.{i}.weight": torch.randn(width, channels, 3, 3) * (2 / (9 * channels)) ** 0.5,
+                        f"features.{i}.bias": torch.zeros(width)}
             channels = width
     return tensors

@@ -1,7 +1,9 @@
-"""What the experiments measure, as functions: pictures scored by the judge, straightness along t, distance to a teacher's ends.
+"""What the experiments measure, as functions: pictures scored by the judge, straightness along t,
+distance to a teacher's ends.
 
-Captions and scenes are of a seed that no training drew from, and noise is of stream 0, which no pairs were made from. All is computed
-in float32, whatever the device: one step of a noise predictor from t = 0 multiplies its rounding by 15.
+Captions and scenes are of a seed that no training drew from, and noise is of stream 0, which no pairs were made from.
+All is computed in float32, whatever the device:
+one step of a noise predictor from t = 0 multiplies its rounding by 15.
 """
 import functools
 import json
@@ -24,18 +26,20 @@ from images import finite, to_pil
 from instaflow import InstaFlow
 from judge import Judge, exact_match
 
-SEED = 2                                                   # of the evaluation's scenes; training drew from 0, pairs from 1
+# of the evaluation's scenes; training drew from 0, pairs from 1
+SEED = 2
 BATCH = 100
 
 
 def identity(model):
     """All that a model's pictures depend on, but for noise, prompt and steps."""
-    return f"{model.info['sampler']}, guidance {model.info['guidance']:g}, weights {crc(model.unet, model.vae, model.text)}"
+    return (f"{model.info['sampler']}, guidance {model.info['guidance']:g}, "
+            f"weights {crc(model.unet, model.vae, model.text)}")
 
 
 def keep(path, wanted):
-    """wanted {name: (what its number depends on, a function -> dict)} -> {name: dict}. Each is written to `path`, a JSON file, as
-    soon as it is measured, and measured again only where what it depends on has changed."""
+    """wanted {name: (what its number depends on, a function -> dict)} -> {name: dict}. Each is written to `path`, a
+    JSON file, as soon as it is measured, and measured again only where what it depends on has changed."""
     kept, rows = weights.read_json(path, "delete it, and all is measured again") if path.exists() else {}, {}
     for name, (of, measure) in wanted.items():
         rows[name] = f"{name}, {of}"
@@ -47,7 +51,8 @@ def keep(path, wanted):
 
 
 def batches(model, captions, seed, desc=""):
-    """Noise (0, seed, i) and text states of caption i, BATCH at a time: x0 [B, 4, h, w], context [B, L, C], null [1, L, C]."""
+    """Noise (0, seed, i) and text states of caption i, BATCH at a time: x0 [B, 4, h, w], context [B, L, C],
+    null [1, L, C]."""
     for start in tqdm(range(0, len(captions), BATCH), desc=desc, leave=False, mininterval=1):
         words = captions[start:start + BATCH]
         text = model.text([*words, ""])
@@ -56,7 +61,8 @@ def batches(model, captions, seed, desc=""):
 
 @torch.no_grad()
 def latents(model, captions, seed, steps=None, guidance=None, sampler=None, desc="", finish=()):
-    """The ends of a model's paths, one a caption -> [n, 4, h, w]. None: the model's own. finish: who draws them (`InstaFlow.solve_with`)."""
+    """The ends of a model's paths, one a caption -> [n, 4, h, w]. None: the model's own.
+    finish: who draws them (`InstaFlow.solve_with`)."""
     solve = functools.partial(model.solve_with, *finish) if finish else functools.partial(model.solve, sampler=sampler)
     return torch.cat([solve(*batch, steps, guidance) for batch in batches(model, captions, seed, desc)])
 
@@ -72,8 +78,8 @@ def reconstruct(model, images):
 
 
 class Evaluation:
-    """Captions of n scenes that no training drew, and the judge. FID is measured against n other such scenes, so that real scenes have
-    one too: the least to expect at this n."""
+    """Captions of n scenes that no training drew, and the judge. FID is measured against n other such scenes, so that
+    real scenes have one too: the least to expect at this n."""
 
     def __init__(self, args, n, split):
         self.seed, self.judge = args.seed, Judge.load(args.judge, args.device)
@@ -82,20 +88,25 @@ class Evaluation:
         self.of = f"n {n}, split {split}, seed {args.seed}, judge {crc(self.judge)}"
 
     def scores(self, images):
-        """Images [n, 3, 64, 64] -> exact match (overall, without relations, by number of objects) and FID to the real scenes."""
-        return {**exact_match(self.judge, images, self.captions), "fid": fid.frechet_distance(*fid.statistics(self.judge.embed(images).cpu().numpy()), *self.real)}
+        """Images [n, 3, 64, 64] -> exact match (overall, without relations, by number of objects)
+        and FID to the real scenes."""
+        return {**exact_match(self.judge, images, self.captions),
+                "fid": fid.frechet_distance(*fid.statistics(self.judge.embed(images).cpu().numpy()), *self.real)}
 
     def row(self, name, model, steps, guidance=None):
         """For `keep`: the scores of a model's pictures."""
-        return f"{identity(model)}, {self.of}", lambda: self.scores(pictures(model, latents(model, self.captions, self.seed, steps, guidance, desc=name)))
+        return f"{identity(model)}, {self.of}", lambda: self.scores(
+            pictures(model, latents(model, self.captions, self.seed, steps, guidance, desc=name)))
 
     def continued(self, name, model, folder, whose, t):
-        """For `keep`: the scores of pictures that start at time t on the line between noise and the end of the teacher `whose` (its name in
-        `folder`, steps, guidance, sampler), and go on by the model itself, in as many of its steps as are left, without guidance. `ends`
-        has captions of the split "train" only, so the evaluation must be on that split."""
+        """For `keep`: the scores of pictures that start at time t on the line between noise and the end of the
+        teacher `whose` (its name in `folder`, steps, guidance, sampler), and go on by the model itself, in as many of
+        its steps as are left, without guidance. `ends` has captions of the split "train" only,
+        so the evaluation must be on that split."""
         def measure():
             x1, drawn = ends(folder / whose[0], len(self.captions), self.seed, model.device, *whose[1:]), []
-            for (x0, context, null), end in zip(batches(model, self.captions, self.seed, name), x1.split(BATCH), strict=True):
+            for (x0, context, null), end in zip(batches(model, self.captions, self.seed, name), x1.split(BATCH),
+                                                strict=True):
                 drawn.append(model.solve_from(t, x0, end, context, null, guidance=1.0))
             return self.scores(pictures(model, torch.cat(drawn)))
         return f"unguided, {model.info['steps']} steps, {identity(model)}, teacher {whose}, {self.of}", measure
@@ -107,16 +118,18 @@ class Evaluation:
 
 @torch.no_grad()
 def straightness(model, captions, seed=0, steps=100):
-    """E ||(Z_1 - Z_0) - v(Z_t, t)||^2 (Liu et al. 2022, section 2.2), the mean over latent elements, along the times [t_min, t_max]
-    that Stable Diffusion's schedule reaches -> (t [steps], curve [steps]); S is the curve's mean. Z_0 and Z_1 are the path's points at
-    t_min and t_max, and Z_1 - Z_0 is per unit of t. At the model's own guidance: a noise predictor and a flow are measured alike."""
+    """E ||(Z_1 - Z_0) - v(Z_t, t)||^2 (Liu et al. 2022, section 2.2), the mean over latent elements, along the times
+    [t_min, t_max] that Stable Diffusion's schedule reaches -> (t [steps], curve [steps]); S is the curve's mean. Z_0
+    and Z_1 are the path's points at t_min and t_max, and Z_1 - Z_0 is per unit of t. At the model's own guidance: a
+    noise predictor and a flow are measured alike."""
     lo, hi = model.schedule.range()
     total = torch.zeros(steps)
     for x0, context, null in batches(model, captions, seed, "S"):
         velocity = flows.guided(model.velocity, context, null, model.info["guidance"])
         if model.info["sampler"] in ("euler", "heun"):
             z = x0 + lo * velocity(x0, torch.zeros(len(x0), device=x0.device))
-        else:                                              # the noise that a sampler of the diffusion model starts from, in the flow's coordinates
+        else:
+            # the noise that a sampler of the diffusion model starts from, in the flow's coordinates
             z = x0 * (lo ** 2 + (1 - lo) ** 2) ** 0.5
         stretched = lambda x, u: (hi - lo) * velocity(x, lo + (hi - lo) * u)
         total += len(z) * flows.straightness(stretched, z, steps, curve=True).cpu()
@@ -125,15 +138,17 @@ def straightness(model, captions, seed=0, steps=100):
 
 @functools.cache
 def ends(path, n, seed, device, steps, guidance, sampler, finish=None):
-    """Where a model's paths end, for n captions that no training drew: kept, since several students have one teacher. finish: the name of
-    the folder beside it whose model draws the ends, the time from which, and its guidance."""
+    """Where a model's paths end, for n captions that no training drew: kept, since several students have one teacher.
+    finish: the name of the folder beside it whose model draws the ends, the time from which, and its guidance."""
     finish = finish and (InstaFlow.load(path.parent / finish[0], device), *finish[1:])
-    return latents(InstaFlow.load(path, device), list(scenes.captions(SEED, 0, n)), seed, steps, guidance, sampler, f"ends of {path.name}", finish)
+    return latents(InstaFlow.load(path, device), list(scenes.captions(SEED, 0, n)), seed, steps, guidance, sampler,
+                   f"ends of {path.name}", finish)
 
 
 def teacher(folder, name, model):
-    """The teacher whose path's end a model is to reach: the model in `folder` that made its training pairs, solved as for those; without
-    pairs, the model itself -> what `ends` takes (its name, steps, guidance, sampler, and who finished), or None where that very model is not there."""
+    """The teacher whose path's end a model is to reach: the model in `folder` that made its training pairs, solved as
+    for those; without pairs, the model itself -> what `ends` takes (its name, steps, guidance, sampler, and who
+    finished), or None where that very model is not there."""
     made = model.info.get("pairs")
     if not made:
         return name, *(model.info[key] for key in ("steps", "guidance", "sampler"))
@@ -142,23 +157,27 @@ def teacher(folder, name, model):
         path = Path(folder) / Path(one["model"]).name
         if not path.is_dir() or one.get("weights") not in (None, weights.checksum(path)):
             return None
-    return Path(made["model"]).name, *(made[key] for key in ("steps", "guidance", "sampler")), *([(Path(finish["model"]).name, finish["at"], finish["guidance"])] if finish else [])
+    return (Path(made["model"]).name, *(made[key] for key in ("steps", "guidance", "sampler")),
+            *([(Path(finish["model"]).name, finish["at"], finish["guidance"])] if finish else []))
 
 
 def content(folder, name, model, steps, n, seed=0):
-    """For `keep`: how far `steps` steps keep the teacher's content, over n captions. "error": the mean squared distance, a latent
-    element, between what the model and its teacher ("teacher", solved as its pairs were made) reach from the same noise and prompt, which no
-    training saw. "unrelated": the same between two of the teacher's of other noises and prompts: what keeping nothing would give."""
+    """For `keep`: how far `steps` steps keep the teacher's content, over n captions. "error": the mean squared
+    distance, a latent element, between what the model and its teacher ("teacher", solved as its pairs were made)
+    reach from the same noise and prompt, which no training saw. "unrelated": the same between two of the teacher's of
+    other noises and prompts: what keeping nothing would give."""
     whose = teacher(folder, name, model)
     if whose is None:
-        print(f"note: {folder} has not the model that made the pairs {name} was trained on, so no distance to its teacher is measured", file=sys.stderr)
+        print(f"note: {folder} has not the model that made the pairs {name} was trained on, "
+              "so no distance to its teacher is measured", file=sys.stderr)
 
     def measure():
         if whose is None:
             return {}
         ours, theirs = (ends(Path(folder) / name, n, seed, model.device, *settings) for name, *settings in
                         ((name, steps, model.info["guidance"], model.info["sampler"]), whose))
-        return {"teacher": f"{whose[0]}:{whose[1]}", "error": float((ours - theirs).square().mean()), "unrelated": float((theirs - theirs.roll(1, 0)).square().mean())}
+        return {"teacher": f"{whose[0]}:{whose[1]}", "error": float((ours - theirs).square().mean()),
+                "unrelated": float((theirs - theirs.roll(1, 0)).square().mean())}
     return f"{identity(model)}, teacher {whose}, n {n}, seed {seed}", measure
 
 

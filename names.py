@@ -15,17 +15,19 @@ import torch
 
 LDM = {"unet": "model.diffusion_model.", "vae": "first_stage_model.", "text_encoder": "cond_stage_model.transformer."}
 
-_UNET_TOP = {"conv_in": "input_blocks.0.0", "time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2",
-             "conv_norm_out": "out.0", "conv_out": "out.2", "mid_block.resnets.0": "middle_block.0", "mid_block.attentions.0": "middle_block.1",
+_UNET_TOP = {"conv_in": "input_blocks.0.0", "time_embedding.linear_1": "time_embed.0",
+             "time_embedding.linear_2": "time_embed.2", "conv_norm_out": "out.0", "conv_out": "out.2",
+             "mid_block.resnets.0": "middle_block.0", "mid_block.attentions.0": "middle_block.1",
              "mid_block.resnets.1": "middle_block.2"}
-_UNET_RESNET = {"norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1", "norm2": "out_layers.0", "conv2": "out_layers.3",
-                "conv_shortcut": "skip_connection"}
+_UNET_RESNET = {"norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1",
+                "norm2": "out_layers.0", "conv2": "out_layers.3", "conv_shortcut": "skip_connection"}
 _VAE_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
 _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
 def ldm_unet(key, config):
-    """`down_blocks.1.resnets.0.conv1.weight` -> `input_blocks.4.0.in_layers.2.weight`: ldm counts blocks through all levels."""
+    """`down_blocks.1.resnets.0.conv1.weight` -> `input_blocks.4.0.in_layers.2.weight`:
+    ldm counts blocks through all levels."""
     block = re.fullmatch(r"(down|up)_blocks\.(\d+)\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.+)", key)
     if block:
         way, level, kind, layer, rest = block[1], int(block[2]), block[3], int(block[4]), block[5]
@@ -46,27 +48,32 @@ def ldm_unet(key, config):
 
 
 def ldm_vae(key, config):
-    """`decoder.up_blocks.0.resnets.1.conv1.weight` -> `decoder.up.3.block.1.conv1.weight`: ldm counts levels from the finest."""
+    """`decoder.up_blocks.0.resnets.1.conv1.weight` -> `decoder.up.3.block.1.conv1.weight`:
+    ldm counts levels from the finest."""
     def level(m):
         number = int(m[2]) if m[1] == "down" else len(config.block_out_channels) - 1 - int(m[2])
         return f"{m[1]}.{number}." + (f"block.{m[4]}" if m[3] == "resnets" else m[3].removesuffix("rs"))
     key = re.sub(r"\b(down|up)_blocks\.(\d+)\.(resnets|downsamplers|upsamplers)\.(\d+)", level, key)
     key = re.sub(r"\bmid_block\.resnets\.(\d+)", lambda m: f"mid.block_{int(m[1]) + 1}", key)
-    key = re.sub(r"\bmid_block\.attentions\.0\.(.+)\.(weight|bias)", lambda m: f"mid.attn_1.{_VAE_ATTENTION[m[1]]}.{m[2]}", key)
+    key = re.sub(r"\bmid_block\.attentions\.0\.(.+)\.(weight|bias)",
+                 lambda m: f"mid.attn_1.{_VAE_ATTENTION[m[1]]}.{m[2]}", key)
     return key.replace("conv_norm_out.", "norm_out.").replace("conv_shortcut.", "nin_shortcut.")
 
 
 def modern_attention(tensors):
     """A VAE's tensors in the diffusers layout, old or new -> new."""
     def new(key):
-        return re.sub(r"(?<=\.mid_block\.attentions\.0\.)(query|key|value|proj_attn)(?=\.(weight|bias)$)", lambda m: _OLD_ATTENTION[m[1]], key)
+        return re.sub(r"(?<=\.mid_block\.attentions\.0\.)(query|key|value|proj_attn)(?=\.(weight|bias)$)",
+                      lambda m: _OLD_ATTENTION[m[1]], key)
     return {new(key): value for key, value in tensors.items()}
 
 
 def flat_attention(tensors):
     """A VAE's attention weights as matrices, [C, C]: ldm has them as convolutions, [C, C, 1, 1]."""
-    flat = re.compile(r".*\.(mid\.attn_1\.(q|k|v|proj_out)|mid_block\.attentions\.0\.(to_q|to_k|to_v|to_out\.0))\.weight")
-    return {k: v.flatten(1) if v.dim() == 4 and v.shape[2:] == (1, 1) and flat.fullmatch(k) else v for k, v in tensors.items()}
+    flat = re.compile(r".*\.(mid\.attn_1\.(q|k|v|proj_out)"
+                      r"|mid_block\.attentions\.0\.(to_q|to_k|to_v|to_out\.0))\.weight")
+    return {k: v.flatten(1) if v.dim() == 4 and v.shape[2:] == (1, 1) and flat.fullmatch(k) else v
+            for k, v in tensors.items()}
 
 
 # --- the text tower: ours (open_clip's) <-> transformers' ---
@@ -74,8 +81,8 @@ def flat_attention(tensors):
 _TEXT = [("embeddings.token_embedding.weight", "token_embedding.weight"),
          ("embeddings.position_embedding.weight", "positional_embedding"),
          ("final_layer_norm.", "ln_final."), ("encoder.layers.", "transformer.resblocks."),
-         (".layer_norm1.", ".ln_1."), (".layer_norm2.", ".ln_2."), (".mlp.fc1.", ".mlp.c_fc."), (".mlp.fc2.", ".mlp.c_proj."),
-         (".self_attn.out_proj.", ".attn.out_proj.")]
+         (".layer_norm1.", ".ln_1."), (".layer_norm2.", ".ln_2."),
+         (".mlp.fc1.", ".mlp.c_fc."), (".mlp.fc2.", ".mlp.c_proj."), (".self_attn.out_proj.", ".attn.out_proj.")]
 
 
 def text_from_transformers(tensors):
@@ -97,7 +104,8 @@ def text_from_transformers(tensors):
 
 
 def text_to_transformers(tensors):
-    """TextTower's keys -> transformers', with `text_model.` (which every version reads). Query, key and value are views."""
+    """TextTower's keys -> transformers', with `text_model.` (which every version reads).
+    Query, key and value are views."""
     out = {}
     for key, value in tensors.items():
         key = key.removeprefix("tower.")

@@ -2,14 +2,16 @@
 import numpy as np
 import torch
 
-MEAN, ANGLE, DEVIATIONS = (2.5, 1.5), 0.6, (2.0, 0.5)                # of the data set "gaussian": centre, turn, its two axes
+# of the data set "gaussian": centre, turn, its two axes
+MEAN, ANGLE, DEVIATIONS = (2.5, 1.5), 0.6, (2.0, 0.5)
 
 
 # --- X0 ~ N(0, I), and X1, one of these ---
 
 def eight_gaussians(rng, n):
     label = rng.integers(8, size=n)
-    return 4 * np.stack([np.cos(label * np.pi / 4), np.sin(label * np.pi / 4)], 1) + 0.3 * rng.standard_normal((n, 2)), label
+    return (4 * np.stack([np.cos(label * np.pi / 4), np.sin(label * np.pi / 4)], 1)
+            + 0.3 * rng.standard_normal((n, 2)), label)
 
 
 def moons(rng, n):
@@ -34,7 +36,8 @@ def gaussian(rng, n):
     return rng.standard_normal((n, 2)) @ root_covariance() + MEAN, np.zeros(n, np.int64)
 
 
-DATA = {"8gaussians": (eight_gaussians, 8), "moons": (moons, 2), "checkerboard": (checkerboard, 8), "spirals": (spirals, 2), "gaussian": (gaussian, 1)}
+DATA = {"8gaussians": (eight_gaussians, 8), "moons": (moons, 2), "checkerboard": (checkerboard, 8),
+        "spirals": (spirals, 2), "gaussian": (gaussian, 1)}
 
 
 def draw(name, rng, n):

@@ -25,24 +25,31 @@ class World:
 
 
 def start(device=None, hours=24):
-    """Join the process group under torchrun (NCCL on GPUs, gloo on CPUs), or be the only process -> World. hours: how long one
-    process may keep the others waiting before they give the run up for dead. Raises UserError where there is no GPU for each."""
+    """Join the process group under torchrun (NCCL on GPUs, gloo on CPUs), or be the only process -> World.
+    hours: how long one process may keep the others waiting before they give the run up for dead.
+    Raises UserError where there is no GPU for each."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if "RANK" not in os.environ:
-        if torch.device(device).type == "cuda" and torch.device(device).index is not None:             # graphs and the name are the current device's
+        # graphs and the name are the current device's
+        if torch.device(device).type == "cuda" and torch.device(device).index is not None:
             torch.cuda.set_device(device)
         return World(0, 1, torch.device(device))
     if torch.device(device).type == "cuda":
-        local, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()               # never RANK: it counts over all nodes
+        # never RANK: it counts over all nodes
+        local, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
         if local >= gpus:
-            raise cli.UserError(f"LOCAL_RANK is {local}, but this machine has {gpus} GPU{'s' * (gpus != 1)}; give torchrun --nproc-per-node {gpus}")
+            raise cli.UserError(f"LOCAL_RANK is {local}, but this machine has {gpus} GPU{'s' * (gpus != 1)}; "
+                                f"give torchrun --nproc-per-node {gpus}")
         device = f"cuda:{local}"
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         store, rank, size = next(rendezvous("env://"))
-        if os.environ.get("GROUP_WORLD_SIZE") == "1":      # torchrun keeps its store across a restart, with the addresses of dead processes in it;
-            store = dist.PrefixStore(f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)       # on several nodes this count may differ: README
-        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", store=store, rank=rank, world_size=size, timeout=timedelta(hours=hours))
+        # torchrun keeps its store across a restart, with the addresses of dead processes in it;
+        # on several nodes this count may differ: README
+        if os.environ.get("GROUP_WORLD_SIZE") == "1":
+            store = dist.PrefixStore(f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", store=store, rank=rank,
+                                world_size=size, timeout=timedelta(hours=hours))
     return World(dist.get_rank(), dist.get_world_size(), torch.device(device))
 
 

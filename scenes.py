@@ -52,7 +52,8 @@ SEEN, UNSEEN = [pair for pair in PAIRS if pair not in HELD_OUT], [pair for pair 
 
 @dataclass(frozen=True)
 class Object:
-    """One shape. x, y: its centre in pixels from the top left corner; radius: half its box's side; rgb: near COLOURS[colour]."""
+    """One shape. x, y: its centre in pixels from the top left corner; radius: half its box's side;
+    rgb: near COLOURS[colour]."""
     shape: str
     colour: str
     size: str
@@ -64,8 +65,8 @@ class Object:
 
 @dataclass(frozen=True)
 class Scene:
-    """A whole picture. objects: in the caption's order; ground: the background's two RGB colours; period (pixels), angle
-    (radians), phase (two fractions of the period): its texture's geometry."""
+    """A whole picture. objects: in the caption's order; ground: the background's two RGB colours; period (pixels),
+    angle (radians), phase (two fractions of the period): its texture's geometry."""
     objects: tuple
     tone: str
     texture: str
@@ -78,7 +79,8 @@ class Scene:
 
 @dataclass(frozen=True)
 class Claim:
-    """What a caption says, None where unsaid. objects: (shape, colour, size) each; relations: (i, relation, j), indices into objects."""
+    """What a caption says, None where unsaid. objects: (shape, colour, size) each;
+    relations: (i, relation, j), indices into objects."""
     objects: tuple
     relations: tuple
     tone: str | None
@@ -114,7 +116,8 @@ def scene(seed, index, split="train"):
         rgb = np.clip(np.array(COLOURS[colour]) + rng.integers(-10, 11, size=3), 0, 255)
         objects.append(Object(shape, colour, size, x, y, radius, tuple(rgb.tolist())))
     tone, texture = TONES[rng.integers(2)], str(rng.choice(TEXTURES, p=TEXTURED))
-    base, contrast = (rng.uniform(22, 58), rng.uniform(18, 38)) if tone == "dark" else (rng.uniform(208, 242), -rng.uniform(18, 38))
+    base, contrast = ((rng.uniform(22, 58), rng.uniform(18, 38)) if tone == "dark"
+                      else (rng.uniform(208, 242), -rng.uniform(18, 38)))
     tint = rng.uniform(-8, 8, size=3)
     ground = tuple(tuple(np.clip(level + tint, 0, 255).tolist()) for level in (base, base + contrast))
     return Scene(tuple(objects), tone, texture, _caption(rng, objects, tone, texture), ground,
@@ -152,7 +155,8 @@ def _caption(rng, objects, tone, texture):
         text = f"{names[0]} {one_of(RELATION_WORDS[relation(objects[0], objects[1])])} {names[1]}"
         if len(names) == 3:                             # "the" says which of the two is meant
             known = objects[rng.integers(2)]
-            text += f"{join}{names[2]} {one_of(RELATION_WORDS[relation(objects[2], known)])} the {known.colour} {known.shape}"
+            text += (f"{join}{names[2]} {one_of(RELATION_WORDS[relation(objects[2], known)])} "
+                     f"the {known.colour} {known.shape}")
     else:
         text = ", ".join(names[:-1]) + join + names[-1]
     if rng.random() < SAY_BACKGROUND:
@@ -163,14 +167,15 @@ def _caption(rng, objects, tone, texture):
 
 _SIZES = {word: size for size, words in SIZE_WORDS.items() for word in words}
 _RELATIONS = {word: rel for rel, words in RELATION_WORDS.items() for word in words}
-_BACKGROUND = re.compile(rf"^(.*?),? (?:on|over|against) (?:an? |the )?(?:({'|'.join(TONES)}),? )?(?:({'|'.join(TEXTURES)}) )?background$")
+_BACKGROUND = re.compile(rf"^(.*?),? (?:on|over|against) (?:an? |the )?(?:({'|'.join(TONES)}),? )?"
+                         rf"(?:({'|'.join(TEXTURES)}) )?background$")
 _OBJECT = re.compile(rf"\b(?:(an?|the|one) )?(?:({'|'.join(_SIZES)}),? )?({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})\b")
 _JOIN = re.compile(r"(?:,|and|with|, and|, with)$")
 
 
 def parse(caption):
-    """The Claim of a caption. Case, spaces, "a" or "an" and a full stop don't matter. ValueError, one line, if it names no
-    object or holds words that the grammar lacks."""
+    """The Claim of a caption. Case, spaces, "a" or "an" and a full stop don't matter. ValueError, one line, if it
+    names no object or holds words that the grammar lacks."""
     text = re.sub(r"\s+", " ", caption.lower().replace(",", " , ")).replace(" ,", ",").strip(" .,")
     tone = texture = None
     if match := _BACKGROUND.match(text):
@@ -218,8 +223,8 @@ OUTLINE = {                                             # polygons inside the bo
     "square": np.array([(-1, -1), (1, -1), (1, 1), (-1, 1)]) * 0.86,
     "triangle": np.array([(0, -0.95), (1, 0.85), (-1, 0.85)]),
     "diamond": np.array([(0, -1), (0.78, 0), (0, 1), (-0.78, 0)]),
-    "cross": np.array([(-_ARM, -1), (_ARM, -1), (_ARM, -_ARM), (1, -_ARM), (1, _ARM), (_ARM, _ARM), (_ARM, 1), (-_ARM, 1),
-                       (-_ARM, _ARM), (-1, _ARM), (-1, -_ARM), (-_ARM, -_ARM)]),
+    "cross": np.array([(-_ARM, -1), (_ARM, -1), (_ARM, -_ARM), (1, -_ARM), (1, _ARM), (_ARM, _ARM), (_ARM, 1),
+                       (-_ARM, 1), (-_ARM, _ARM), (-1, _ARM), (-1, -_ARM), (-_ARM, -_ARM)]),
 }
 HOLE = 0.56                                             # a ring's inner radius
 FINE = 4                                                # samples a pixel's side, averaged
@@ -281,14 +286,16 @@ def grid(seed=0, columns=6, rows=5, split="train", side=160):
     for i in range(columns * rows):
         one, x, y = scene(seed, i, split), 10 + i % columns * (side + 10), 10 + i // columns * (side + 66)
         sheet.paste(draw(one).resize((side, side), Image.Resampling.NEAREST), (x, y))
-        ImageDraw.Draw(sheet).text((x, y + side + 2), textwrap.fill(one.caption, side // 5 - 2), fill="black", spacing=1)
+        ImageDraw.Draw(sheet).text((x, y + side + 2), textwrap.fill(one.caption, side // 5 - 2), fill="black",
+                                   spacing=1)
     return sheet
 
 
 def main():
     parser = cli.Parser(__doc__)
     parser.add_argument("--captions", type=cli.positive, metavar="N", help="write N captions, one a line, to --out")
-    parser.add_argument("--pictures", type=cli.positive, metavar="N", help="draw N scenes into the folder --out, as 000000.png and so on")
+    parser.add_argument("--pictures", type=cli.positive, metavar="N",
+                        help="draw N scenes into the folder --out, as 000000.png and so on")
     parser.add_argument("--out", type=Path, help="default: captions.txt, or the folder scenes")
     parser.add_argument("--grid", type=Path, metavar="PNG", help="draw a labelled grid of scenes")
     parser.add_argument("--seed", type=cli.seed, default=0)
@@ -306,7 +313,8 @@ def main():
         path.parent.mkdir(parents=True, exist_ok=True)
     from checkpoint import write, write_by                 # here: it imports torch
     if args.captions:
-        write(args.out, "".join(f"{line}\n" for line in captions(args.seed, args.start, args.captions, args.split)).encode())
+        write(args.out, "".join(
+            f"{line}\n" for line in captions(args.seed, args.start, args.captions, args.split)).encode())
     if args.pictures:
         args.out.mkdir(parents=True, exist_ok=True)
         for i in range(args.pictures):

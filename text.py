@@ -35,8 +35,9 @@ class TextConfig:
 
     def to_dict(self):
         """The config.json that transformers' CLIPTextModel reads."""
-        return {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model", "vocab_size": VOCABULARY, "hidden_act": "quick_gelu",
-                "layer_norm_eps": 1e-5, "bos_token_id": START, "eos_token_id": END, "pad_token_id": 1, "projection_dim": self.hidden_size, **self.__dict__}
+        return {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model", "vocab_size": VOCABULARY,
+                "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "bos_token_id": START, "eos_token_id": END,
+                "pad_token_id": 1, "projection_dim": self.hidden_size, **self.__dict__}
 
 
 class TextTower(nn.Module):
@@ -47,8 +48,9 @@ class TextTower(nn.Module):
         from open_clip.transformer import QuickGELU, TextTransformer          # here: importing open_clip takes seconds
         self.config = config
         self.tower = TextTransformer(
-            context_length=config.max_position_embeddings, vocab_size=VOCABULARY, width=config.hidden_size, heads=config.num_attention_heads,
-            layers=config.num_hidden_layers, mlp_ratio=config.intermediate_size / config.hidden_size, output_dim=None,
+            context_length=config.max_position_embeddings, vocab_size=VOCABULARY, width=config.hidden_size,
+            heads=config.num_attention_heads, layers=config.num_hidden_layers,
+            mlp_ratio=config.intermediate_size / config.hidden_size, output_dim=None,
             act_layer=QuickGELU, output_tokens=True)
 
     def forward(self, prompts):
@@ -58,12 +60,14 @@ class TextTower(nn.Module):
 
 @functools.cache
 def _bpe():
-    """open_clip's byte-pair encoder, told to read text as transformers' CLIPTokenizer does: its own cleaning rewrites HTML
-    entities and curly quotes, which Stable Diffusion never did, and it spells the two special tokens otherwise."""
+    """open_clip's byte-pair encoder, told to read text as transformers' CLIPTokenizer does: its own cleaning
+    rewrites HTML entities and curly quotes, which Stable Diffusion never did, and it spells the two special
+    tokens otherwise."""
     import regex                                           # open_clip needs it too
     from open_clip.tokenizer import SimpleTokenizer
     bpe, special = SimpleTokenizer(), {"<|startoftext|>": START, "<|endoftext|>": END}
-    bpe.clean_fn = lambda text: "".join(c.lower() for c in " ".join(unicodedata.normalize("NFC", text).split()))   # a letter at a time: no special case for a final sigma
+    # a letter at a time: no special case for a final sigma
+    bpe.clean_fn = lambda text: "".join(c.lower() for c in " ".join(unicodedata.normalize("NFC", text).split()))
     bpe.pat = regex.compile(r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+")
     bpe.encoder.update(special)
     bpe.cache = {token: token for token in special}
@@ -82,13 +86,14 @@ def _ids(prompt, length):
     ids = _bpe().encode(prompt)
     if len(ids) > length - 2:
         cut = _bpe().decode(ids[length - 2:]).strip()
-        _warn(f"warning: the prompt is {len(ids)} tokens long, and {length - 2} fit; cut off: \"{cut if len(cut) <= 400 else cut[:400] + '...'}\"")
+        _warn(f"warning: the prompt is {len(ids)} tokens long, and {length - 2} fit; "
+              f"cut off: \"{cut if len(cut) <= 400 else cut[:400] + '...'}\"")
     return ids[:length - 2]
 
 
 def tokenize(prompts, length=77):
-    """list[str] -> token ids, int64 [B, length]: START, the text, END up to the length. A prompt that is too long is cut, with a
-    warning on stderr that names what was cut, once. A str is a ValueError."""
+    """list[str] -> token ids, int64 [B, length]: START, the text, END up to the length. A prompt that is too long is
+    cut, with a warning on stderr that names what was cut, once. A str is a ValueError."""
     if isinstance(prompts, str):
         raise ValueError("prompts must be a list of str")
     rows = [[START, *ids, *[END] * (length - 1 - len(ids))] for ids in (_ids(prompt, length) for prompt in prompts)]

@@ -29,17 +29,20 @@ from plane import DATA, MEAN, draw, exact_velocity, gauss, root_covariance
 
 PAIRS = 20_000            # of (noise, end) that reflow and distillation train on
 BATCH = 1024
-FIRST, AGAIN, DISTIL = (4000, 2e-3), (2000, 1e-3), (1500, 1e-3)      # iterations and Adam's learning rate, cosine to zero
+# iterations and Adam's learning rate, cosine to zero
+FIRST, AGAIN, DISTIL = (4000, 2e-3), (2000, 1e-3), (1500, 1e-3)
 STEPS = 100               # Euler steps that stand for the exact ODE
 CHECKED = 10_000          # points that every number is measured on
-DROP = 0.2                # of the labels become NULL in the first training, so that guidance has something to guide away from
+# of the labels become NULL in the first training, so that guidance has something to guide away from
+DROP = 0.2
 OT_BATCH = 64             # points an optimal assignment is made among
 
 
 # --- a velocity that can be learnt ---
 
 class Net(nn.Module):
-    """v(x, t) of points x [B, 2] at times t [B] in [0, 1], and, where there are labels, of label [B] (the last of them is NULL)."""
+    """v(x, t) of points x [B, 2] at times t [B] in [0, 1], and, where there are labels,
+    of label [B] (the last of them is NULL)."""
 
     def __init__(self, classes=0, width=128):
         super().__init__()
@@ -55,7 +58,8 @@ class Net(nn.Module):
 
 
 def fit(net, loss, iterations, lr, name):
-    """Minimise loss(net), starting from a copy of `net`: Adam, the learning rate falling to zero by a cosine -> the new net."""
+    """Minimise loss(net), starting from a copy of `net`: Adam, the learning rate falling to zero by a cosine
+    -> the new net."""
     net = copy.deepcopy(net).train().requires_grad_(True)
     optimizer = torch.optim.Adam(net.parameters(), lr=lr, fused=True)
     falling = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, iterations)
@@ -79,8 +83,9 @@ def rectify(net, batch, args, rng, iterations, lr, name):
 
 
 def first_batch(args, rng):
-    """The 1-rectified flow's coupling: X0 and X1 know nothing of each other (or, with --coupling minibatch-ot, each X0 of a
-    small batch goes to the X1 that the cheapest assignment gives it: Pooladian et al. 2023; Tong et al. 2023)."""
+    """The 1-rectified flow's coupling: X0 and X1 know nothing of each other (or, with --coupling minibatch-ot, each
+    X0 of a small batch goes to the X1 that the cheapest assignment gives it: Pooladian et al. 2023;
+    Tong et al. 2023)."""
     x0, (x1, label) = gauss(rng, BATCH), draw(args.data, rng, BATCH)
     if args.coupling == "minibatch-ot":
         for part in torch.arange(BATCH).split(OT_BATCH):
@@ -145,18 +150,20 @@ def diffuse(net, args, rng, iterations, lr):
     def loss(net):
         x0, x1, label = first_batch(args, rng)
         index = torch.from_numpy(rng.integers(1000, size=BATCH))
-        a, b = (y.float()[:, None] for y in (schedule.alphas_cumprod[index].sqrt(), (1 - schedule.alphas_cumprod[index]).sqrt()))
+        a, b = (y.float()[:, None]
+                for y in (schedule.alphas_cumprod[index].sqrt(), (1 - schedule.alphas_cumprod[index]).sqrt()))
         return (net(a * x1 + b * x0, index / 1000, label) - x0).square().mean()
     net = fit(net, loss, iterations, lr, "diffusion")
-    velocity = lambda x, t, label: diffusion.velocity_from_eps(lambda y, index: net(y, (index / 1000).float(), label), schedule)(x, t)
+    velocity = lambda x, t, label: diffusion.velocity_from_eps(
+        lambda y, index: net(y, (index / 1000).float(), label), schedule)(x, t)
     return Flow("diffusion", velocity, args.labels or 1.0, schedule.range())
 
 
 # --- what is measured ---
 
 def sliced_w2(x, y, directions=64):
-    """Sliced Wasserstein-2 distance of two clouds [n, 2] of equal size (Rabin et al. 2011): the root mean, over evenly spread
-    directions, of the squared W2 of the projections, which sorting solves -> float."""
+    """Sliced Wasserstein-2 distance of two clouds [n, 2] of equal size (Rabin et al. 2011): the root mean, over
+    evenly spread directions, of the squared W2 of the projections, which sorting solves -> float."""
     turn = torch.arange(directions) * (math.pi / directions)
     onto = torch.stack([turn.cos(), turn.sin()])                                    # [2, directions]
     return float(((x @ onto).sort(0)[0] - (y @ onto).sort(0)[0]).square().mean().sqrt())
@@ -168,7 +175,8 @@ def transport_cost(x0, x1, p):                             # E ||X1 - X0||^p
 
 @torch.no_grad()
 def straightness(flow, x0, label, args):
-    """S over the flow's span, by mean over the two coordinates. (Below its first noise level a diffusion has no path.)"""
+    """S over the flow's span, by mean over the two coordinates.
+    (Below its first noise level a diffusion has no path.)"""
     (lo, hi), v = flow.span, flow.guided(label, args)
     start = x0 * math.sqrt(lo ** 2 + (1 - lo) ** 2)
     return float(flows.straightness(lambda x, u: (hi - lo) * v(x, lo + (hi - lo) * u), start, STEPS)) / (hi - lo) ** 2
@@ -179,12 +187,15 @@ def measure(flow, student, args):
     rng = np.random.default_rng([args.seed, 1])
     x0, (truth, label) = gauss(rng, CHECKED), draw(args.data, rng, CHECKED)
     x1 = flow.couple(x0, label, args)
-    return {"S": straightness(flow, x0, label, args), **{f"W2 {n}": sliced_w2(flow.sample(x0, label, n, args), truth) for n in (1, 2, STEPS)},
-            "W2 distilled": sliced_w2(one_step(student, x0, label), truth), "cost p=1": transport_cost(x0, x1, 1), "cost p=2": transport_cost(x0, x1, 2)}
+    return {"S": straightness(flow, x0, label, args),
+            **{f"W2 {n}": sliced_w2(flow.sample(x0, label, n, args), truth) for n in (1, 2, STEPS)},
+            "W2 distilled": sliced_w2(one_step(student, x0, label), truth),
+            "cost p=1": transport_cost(x0, x1, 1), "cost p=2": transport_cost(x0, x1, 2)}
 
 
 def floor(args):
-    """The same for the truth, as the mean over five draws: W2 of two samples of it, and the cost of X0 and X1 drawn independently."""
+    """The same for the truth, as the mean over five draws: W2 of two samples of it,
+    and the cost of X0 and X1 drawn independently."""
     rng, rows = np.random.default_rng([args.seed, 2]), []
     for _ in range(5):
         x0, x, y = gauss(rng, CHECKED), draw(args.data, rng, CHECKED)[0], draw(args.data, rng, CHECKED)[0]
@@ -205,7 +216,8 @@ def exact_row():
 def velocity_error(flow, args):
     """||v - v*|| / ||v*|| over the points X_t that training meets -> float."""
     rng = np.random.default_rng([args.seed, 3])
-    x0, (x1, label), t = gauss(rng, CHECKED), draw("gaussian", rng, CHECKED), torch.from_numpy(rng.random(CHECKED, dtype=np.float32))
+    x0, (x1, label) = gauss(rng, CHECKED), draw("gaussian", rng, CHECKED)
+    t = torch.from_numpy(rng.random(CHECKED, dtype=np.float32))
     x = flows.interpolate(x0, x1, t)
     return float((flow.velocity(x, t, label) - exact_velocity(x, t)).norm() / exact_velocity(x, t).norm())
 
@@ -214,18 +226,21 @@ def velocity_error(flow, args):
 
 def story(args):
     """Train everything -> [(flow, its one-step student, a Net)], in the order of the rows."""
-    rng, classes, alpha = np.random.default_rng([args.seed, 0]), DATA[args.data][1] if args.labels else 0, args.labels or 1.0
+    rng = np.random.default_rng([args.seed, 0])
+    classes, alpha = DATA[args.data][1] if args.labels else 0, args.labels or 1.0
     torch.manual_seed(args.seed)
     length = lambda recipe: (max(1, round(recipe[0] * args.length)), recipe[1])
     net, rows = rectify(Net(classes), lambda: first_batch(args, rng), args, rng, *length(FIRST), "1-RF"), []
     flow = Flow("1-RF", net, alpha)
-    if args.vp:                                            # its student starts from the rectified flow: a noise predictor's weights are no velocity's
+    if args.vp:
         teacher = diffuse(Net(classes), args, rng, *length(FIRST))
+        # its student starts from the rectified flow: a noise predictor's weights are no velocity's
         rows.append((teacher, distil(net, pairs(teacher, args, rng), rng, *length(DISTIL), "diffusion, distilled")))
     for k in (2, 3, 4):
         fixed = pairs(flow, args, rng)
         rows.append((flow, distil(net, fixed, rng, *length(DISTIL), f"{flow.name}, distilled")))
-        if k < 4:                                          # guidance is in the pairs from here on: the next flow is sampled without
+        if k < 4:
+            # guidance is in the pairs from here on: the next flow is sampled without
             net = rectify(net, batches(fixed, rng), args, rng, *length(AGAIN), f"{k}-RF")
             flow = Flow(f"{k}-RF", net)
     return [exact_row()] * (args.data == "gaussian") + rows
@@ -237,9 +252,11 @@ COLUMNS = ("S", "W2 1", "W2 2", f"W2 {STEPS}", "W2 distilled", "cost p=1", "cost
 def table(all_rows):
     """Rows by name and seed, {name: [row, ...]} -> Markdown, mean and, over several seeds, deviation."""
     def cell(values):
-        return "" if not values else f"{np.mean(values):.3f}" + (f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else "")
+        return "" if not values else f"{np.mean(values):.3f}" + (
+            f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else "")
     return "\n".join(["| | " + " | ".join(COLUMNS) + " |", "|---" * (1 + len(COLUMNS)) + "|"] + [
-        f"| {name} | " + " | ".join(cell([row[k] for row in rows if k in row]) for k in COLUMNS) + " |" for name, rows in all_rows.items()])
+        f"| {name} | " + " | ".join(cell([row[k] for row in rows if k in row]) for k in COLUMNS) + " |"
+        for name, rows in all_rows.items()])
 
 
 def drawing(args, rows, results):
@@ -249,7 +266,8 @@ def drawing(args, rows, results):
     for flow, student in rows:
         seen, way = results[flow.name][0], flow.sample(x0, label, STEPS, args, path=True)
         samples = [flow.sample(x0, label, n, args) for n in (1, 2)] + [way[-1], one_step(student, x0, label)]
-        out.append((flow.name, way, (f"cost {seen['cost p=2']:.1f}", f"S = {seen['S']:.3f}"), [(x, f"W2 = {seen[k]:.2f}") for x, k in zip(samples, COLUMNS[1:5])]))
+        out.append((flow.name, way, (f"cost {seen['cost p=2']:.1f}", f"S = {seen['S']:.3f}"),
+                    [(x, f"W2 = {seen[k]:.2f}") for x, k in zip(samples, COLUMNS[1:5])]))
     return truth, label / DATA[args.data][1] if args.labels else None, out
 
 
@@ -258,20 +276,26 @@ def main():
     add = parser.add_argument
     add("--data", choices=DATA, default="moons", help="what noise becomes; default moons")
     add("--seed", type=cli.seed, default=0)
-    add("--seeds", type=cli.positive, default=1, help="repeat with as many seeds, from --seed on; the figure shows the first")
+    add("--seeds", type=cli.positive, default=1,
+        help="repeat with as many seeds, from --seed on; the figure shows the first")
     add("--time", choices=flows.DENSITIES, default="uniform", help="the density of t in training")
-    add("--coupling", choices=("independent", "minibatch-ot"), default="independent", help="of the 1-rectified flow's noise and data")
+    add("--coupling", choices=("independent", "minibatch-ot"), default="independent",
+        help="of the 1-rectified flow's noise and data")
     add("--solver", choices=("euler", "heun"), default="euler", help="of the samples (Heun calls the net twice a step)")
     add("--pairs", type=cli.positive, default=PAIRS, help=f"that reflow and distillation train on; default {PAIRS}")
-    add("--labels", type=cli.number(0.01, 100), metavar="ALPHA", help="condition flows on the data's parts, and sample the first one with this guidance")
+    add("--labels", type=cli.number(0.01, 100), metavar="ALPHA",
+        help="condition flows on the data's parts, and sample the first one with this guidance")
     add("--vp", action="store_true", help="put a diffusion model, read as a velocity, beside the rectified flows")
-    add("--length", type=cli.number(1e-3), default=1.0, help="stretches every training; below 1 it is quicker and worse")
+    add("--length", type=cli.number(1e-3), default=1.0,
+        help="stretches every training; below 1 it is quicker and worse")
     add("--out", type=Path, default=Path("toy.png"), help="the figure; default toy.png")
     add("--gif", type=Path, help="also write the moving picture")
     args = parser.parse_args()
     endings = {args.out: (".png", ".pdf", ".svg", ".jpg")} | ({args.gif: (".gif",)} if args.gif else {})
-    if wrong := [path for path, ends in endings.items() if path.is_dir() or not path.parent.is_dir() or path.suffix not in ends]:
-        parser.error(f"{wrong[0]} cannot be written; name a file in a folder that exists, ending in {' or '.join(endings[wrong[0]])}")
+    if wrong := [path for path, ends in endings.items()
+                 if path.is_dir() or not path.parent.is_dir() or path.suffix not in ends]:
+        parser.error(f"{wrong[0]} cannot be written; name a file in a folder that exists, "
+                     f"ending in {' or '.join(endings[wrong[0]])}")
     torch.set_num_threads(1)                               # nets this small are slower on two
     started, results, shown = time.time(), {}, None
     for seed in range(args.seed, args.seed + args.seeds):
@@ -282,11 +306,13 @@ def main():
             results.setdefault(flow.name, []).append(measure(flow, student, one))
         shown = shown or (one, rows)
         if args.data == "gaussian":
-            print(f"seed {seed}: relative error of the 1-rectified flow's velocity {velocity_error(next(f for f, _ in rows if f.name == '1-RF'), one):.3f}")
-    print(f"\n{table(results)}\n\nnoise -> {args.data}, {CHECKED} points, seeds {args.seed} to {seed}, {time.time() - started:.0f} s: "
-          f"`python {' '.join([Path(sys.argv[0]).name, *sys.argv[1:]])}`")
+            print(f"seed {seed}: relative error of the 1-rectified flow's velocity "
+                  f"{velocity_error(next(f for f, _ in rows if f.name == '1-RF'), one):.3f}")
+    print(f"\n{table(results)}\n\nnoise -> {args.data}, {CHECKED} points, seeds {args.seed} to {seed}, "
+          f"{time.time() - started:.0f} s: `python {' '.join([Path(sys.argv[0]).name, *sys.argv[1:]])}`")
     seen = drawing(*shown, results)
-    figures.coupling(*seen, ("coupling", f"{STEPS} steps' paths", "1 step", "2 steps", f"{STEPS} steps", "distilled, 1 step"), args.out)
+    figures.coupling(*seen, ("coupling", f"{STEPS} steps' paths", "1 step", "2 steps", f"{STEPS} steps",
+                             "distilled, 1 step"), args.out)
     if args.gif:
         figures.particles(*seen, args.gif)
 

@@ -21,7 +21,9 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import cli
-from checkpoint import clean, load_checkpoint, pack, resume, save_checkpoint, unpack, warn_of_little_room, write, write_by, write_tensors      # also for who imports `training`
+# also for who imports `training`
+from checkpoint import (clean, load_checkpoint, pack, resume, save_checkpoint, unpack, warn_of_little_room, write,
+                        write_by, write_tensors)
 from log import Log, flops, hardware, made
 from processes import World, barrier, finish, from_first, largest, start
 
@@ -29,7 +31,9 @@ from processes import World, barrier, finish, from_first, largest, start
 @contextmanager
 def autocast(device, float32=False):
     """bf16 arithmetic over float32 weights; on a CPU only where the processor has bf16 instructions."""
-    with torch.autocast(device.type, torch.bfloat16, enabled=(device.type == "cuda" or _cpu_has_bf16(device)) and not float32), plain_attention(device):
+    with (torch.autocast(device.type, torch.bfloat16,
+                         enabled=(device.type == "cuda" or _cpu_has_bf16(device)) and not float32),
+          plain_attention(device)):
         yield
 
 
@@ -38,8 +42,8 @@ def _cpu_has_bf16(device):
 
 
 def plain_attention(device):
-    """On a CPU with bf16 the fused kernel's backward pass alone takes as long as all the rest of a small network; on one without,
-    the fused kernel is the faster one."""
+    """On a CPU with bf16 the fused kernel's backward pass alone takes as long as all the rest of a small network; on
+    one without, the fused kernel is the faster one."""
     return sdpa_kernel(SDPBackend.MATH) if _cpu_has_bf16(device) else nullcontext()
 
 
@@ -47,21 +51,27 @@ def plain_attention(device):
 
 def prepare(unet, args, world):
     """A U-Net to be trained -> (its average over the steps, AdamW, the network that the loop calls)."""
-    if args.graphs and (world.size > 1 or world.device.type != "cuda" or args.accumulate > 1 or args.checkpoint or args.compile):
-        raise cli.UserError("--graphs is for one process with a GPU, and goes with none of --accumulate, --checkpoint and --compile; leave it out")
+    if args.graphs and (world.size > 1 or world.device.type != "cuda" or args.accumulate > 1
+                        or args.checkpoint or args.compile):
+        raise cli.UserError("--graphs is for one process with a GPU, "
+                            "and goes with none of --accumulate, --checkpoint and --compile; leave it out")
     ema, optimizer = copy.deepcopy(unet).eval(), adamw(unet, args.lr, args.weight_decay)
     if args.checkpoint:
         checkpoint_gradients(unet, world.device)
     like = functools.partial(torch.zeros, device=world.device)
-    net = distributed(unet.train(), world, like(1, unet.config.in_channels, 8, 8), like(1), like(1, 1, unet.config.cross_attention_dim))
-    if args.compile:                                       # block by block: each compiles fast, and DDP sends one's gradients while the next computes
+    net = distributed(unet.train(), world, like(1, unet.config.in_channels, 8, 8), like(1),
+                      like(1, 1, unet.config.cross_attention_dim))
+    # block by block: each compiles fast, and DDP sends one's gradients while the next computes
+    if args.compile:
         torch._dynamo.config.recompile_limit = 64          # blocks of one class share it
         for name, module in unet.named_modules():
             if re.fullmatch(r"((first|second)\.)?(down_blocks\.\d+|mid_block|up_blocks\.\d+)", name):
-                module.compile(dynamic=False)              # blocks differ in size, which would be taken for dynamic shapes
+                # blocks differ in size, which would be taken for dynamic shapes
+                module.compile(dynamic=False)
     if args.graphs:
         size, batch = unet.config.sample_size, args.batch
-        inputs = like(batch, unet.config.in_channels, size, size).to(memory_format=torch.channels_last), like(batch), like(batch, 77, unet.config.cross_attention_dim)
+        inputs = (like(batch, unet.config.in_channels, size, size).to(memory_format=torch.channels_last), like(batch),
+                  like(batch, 77, unet.config.cross_attention_dim))
         with torch.autocast("cuda", torch.bfloat16, enabled=not args.float32, cache_enabled=False):
             net = torch.cuda.make_graphed_callables(unet, inputs)
     return ema, optimizer, net
@@ -70,11 +80,13 @@ def prepare(unet, args, world):
 def distributed(module, world, *example):
     """The module whose backward pass averages gradients over all processes; itself where there is one process.
 
-    example: any inputs it takes. DDP settles the order in which it adds gradients in its first backward pass, so one pass is
-    spent on them: a run that was restarted then adds in the same order in its first step too, and ends bitwise as if it had not been."""
+    example: any inputs it takes. DDP settles the order in which it adds gradients in its first backward pass, so one
+    pass is spent on them: a run that was restarted then adds in the same order in its first step too, and ends
+    bitwise as if it had not been."""
     if world.size == 1:
         return module
-    net = torch.nn.parallel.DistributedDataParallel(module, [world.device] if world.device.type == "cuda" else None, gradient_as_bucket_view=True)
+    net = torch.nn.parallel.DistributedDataParallel(
+        module, [world.device] if world.device.type == "cuda" else None, gradient_as_bucket_view=True)
     if example:
         net(*example).sum().backward()
         module.zero_grad(set_to_none=True)
@@ -84,20 +96,23 @@ def distributed(module, world, *example):
 def checkpoint_gradients(net, device):
     """Keep only the input of each residual block and transformer for the backward pass, which computes the rest again
     (Chen et al. 2016): a third more work, and a fraction of the memory. `net` is changed; copy it before."""
-    def forward_as_before(forward, *inputs):               # the backward pass is outside `autocast`, and must choose the same kernels
+    # the backward pass is outside `autocast`, and must choose the same kernels
+    def forward_as_before(forward, *inputs):
         with plain_attention(device):
             return forward(*inputs)
     for module in net.modules():
         if type(module).__name__ in ("ResnetBlock", "Transformer"):
             again = functools.partial(forward_as_before, module.forward)
-            module.forward = functools.partial(checkpoint, again, use_reentrant=False, preserve_rng_state=False)              # nothing here is random
+            # nothing here is random
+            module.forward = functools.partial(checkpoint, again, use_reentrant=False, preserve_rng_state=False)
 
 
 def parts(net, size, count):
-    """The slices of a process's `size` samples in `count` parts, to be gone through one after another, gradients adding up.
-    DDP sends gradients with the last part only. Raises UserError where they do not divide."""
+    """The slices of a process's `size` samples in `count` parts, to be gone through one after another, gradients
+    adding up. DDP sends gradients with the last part only. Raises UserError where they do not divide."""
     if size % count:
-        raise cli.UserError(f"--accumulate {count} does not divide the {size} pairs that each process has of --batch; choose a divisor")
+        raise cli.UserError(f"--accumulate {count} does not divide the {size} pairs that each process has of --batch; "
+                            "choose a divisor")
     for k in range(count):
         with net.no_sync() if k < count - 1 and hasattr(net, "no_sync") else nullcontext():
             yield slice(k * size // count, (k + 1) * size // count)
@@ -128,8 +143,10 @@ def ahead(draw):
 
 
 def step_generator(seed, step):
-    """numpy's generator of everything else that `step` draws: times, dropped prompts, and, for the miniature's teacher and VAE, noise."""
-    return np.random.default_rng([seed, step, 1])          # with a third number, or it would be the order of epoch `step`
+    """numpy's generator of everything else that `step` draws: times, dropped prompts, and,
+    for the miniature's teacher and VAE, noise."""
+    # with a third number, or it would be the order of epoch `step`
+    return np.random.default_rng([seed, step, 1])
 
 
 # --- the recipe: what both train_reflow.py and distill.py can be told ---
@@ -138,32 +155,41 @@ def add_flags(parser):
     add = parser.add_argument
     add("--iterations", type=cli.positive, default=70_000, help="optimiser steps in all")
     add("--batch", type=cli.positive, default=64, help="pairs a step, over all processes")
-    add("--accumulate", type=cli.positive, default=1, help="parts in which each process goes through its share of a batch: less memory, the same result")
-    add("--lr", type=cli.number(0), default=1e-6, help="the paper's, for fine-tuning Stable Diffusion; small nets want 1e-4 and more")
+    add("--accumulate", type=cli.positive, default=1,
+        help="parts in which each process goes through its share of a batch: less memory, the same result")
+    add("--lr", type=cli.number(0), default=1e-6,
+        help="the paper's, for fine-tuning Stable Diffusion; small nets want 1e-4 and more")
     add("--warmup", type=cli.seed, default=1000, help="steps until the learning rate is reached")
     add("--cosine", action="store_true", help="let the learning rate fall to zero; the paper keeps it constant")
     add("--weight-decay", type=cli.number(0), default=1e-2, help="AdamW's")
-    add("--clip", type=cli.number(1e-9), default=1.0, help="norm that a larger gradient is scaled down to (1e9: none is)")
-    add("--explode", type=cli.number(1e-9), default=1000.0, help="norm above which a gradient is not used: the step is skipped")
-    add("--ema", type=cli.number(0, 1), default=0.9999, help="decay of the average of the weights, which is what is saved")
+    add("--clip", type=cli.number(1e-9), default=1.0,
+        help="norm that a larger gradient is scaled down to (1e9: none is)")
+    add("--explode", type=cli.number(1e-9), default=1000.0,
+        help="norm above which a gradient is not used: the step is skipped")
+    add("--ema", type=cli.number(0, 1), default=0.9999,
+        help="decay of the average of the weights, which is what is saved")
     add("--seed", type=cli.seed, default=0, help="of the data's order, t and dropped prompts")
     add("--log-every", type=cli.positive, default=50)
-    add("--save-every", type=cli.positive, default=500, help="steps from checkpoint to checkpoint: what a kill loses at most")
+    add("--save-every", type=cli.positive, default=500,
+        help="steps from checkpoint to checkpoint: what a kill loses at most")
     add("--sample-every", type=cli.positive, default=1000, help="steps from sample grid to sample grid")
     add("--float32", action="store_true", help="no bf16")
-    add("--checkpoint", action="store_true", help="compute activations again in the backward pass: a fraction of the memory, a third more work")
+    add("--checkpoint", action="store_true",
+        help="compute activations again in the backward pass: a fraction of the memory, a third more work")
     add("--compile", action="store_true", help="torch.compile: minutes at the start, faster steps on a GPU")
-    add("--graphs", action="store_true", help="replay CUDA graphs: for networks so small that launching kernels takes longer than running them")
+    add("--graphs", action="store_true",
+        help="replay CUDA graphs: for networks so small that launching kernels takes longer than running them")
     add("--device", type=cli.device, help="default: the GPU where there is one")
     add("--prediction", choices=cli.PREDICTIONS, help=cli.PREDICTION)
 
 
 def recipe(args):
-    """The settings that decide a run's result: a checkpoint made with others is another run's. (`iterations` is one where the
-    learning rate's schedule depends on it; else a run can be made longer.)"""
-    decisive = {"batch", "clip", "cosine", "drop", "ema", "float32", "lr", "seed", "warmup", "weight_decay",                   # all, and then
-                "density", "linear", "loss", "lpips_size", "model", "pairs", "vgg",                                           # reflow's and distillation's,
-                "images", "kl", "min_snr", "related", "scenes", "skew", "velocity", "where"}                                  # the miniature's
+    """The settings that decide a run's result: a checkpoint made with others is another run's. (`iterations` is one
+    where the learning rate's schedule depends on it; else a run can be made longer.)"""
+    # all, and then reflow's and distillation's, the miniature's
+    decisive = {"batch", "clip", "cosine", "drop", "ema", "float32", "lr", "seed", "warmup", "weight_decay",
+                "density", "linear", "loss", "lpips_size", "model", "pairs", "vgg",
+                "images", "kl", "min_snr", "related", "scenes", "skew", "velocity", "where"}
     decisive |= {"iterations"} if getattr(args, "cosine", True) else set()
     newer = dict(huber=False, exact=False, l2=0, steps=1)  # checkpoints older than these flags can still be resumed
     decisive |= {flag for flag, default in newer.items() if getattr(args, flag, default) != default}
@@ -184,8 +210,8 @@ def learning_rate(step, lr, warmup, iterations, cosine=False):
 
 
 def optimiser_step(optimizer, model, lr, clip=1.0, explode=math.inf):
-    """Clip the gradient's norm, step, forget the gradient -> the norm before clipping (float). Where it is not finite, or larger
-    than `explode`, in any process, all skip the step -> inf; the log counts those."""
+    """Clip the gradient's norm, step, forget the gradient -> the norm before clipping (float). Where it is not
+    finite, or larger than `explode`, in any process, all skip the step -> inf; the log counts those."""
     norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), clip))
     skip, = largest([not (math.isfinite(norm) and norm <= explode)])
     if not skip:
@@ -200,7 +226,8 @@ def optimiser_step(optimizer, model, lr, clip=1.0, explode=math.inf):
 def update_ema(ema, model, step, decay=0.9999):
     """ema <- d ema + (1 - d) model, d warming up with the step so that early weights are forgotten."""
     d = min(decay, (1 + step) / (10 + step))
-    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - d)            # as torch.optim.swa_utils has it: on a GPU few kernels, not one a parameter
+    # as torch.optim.swa_utils has it: on a GPU few kernels, not one a parameter
+    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - d)
 
 
 # --- the frame of a loop ---
@@ -217,16 +244,18 @@ def terminations():
 
 
 def steps(settings, world, folder, model, ema, optimizer, recipe, cosine=False, work=0):
-    """Yield (step, log, learning rate) for every step that is still to do, going on from the newest checkpoint in `folder`.
-    After the loop's body: EMA, and at intervals a line of the log and a checkpoint. After a SIGTERM to any process all
-    end with status 143, as the shell has it, once a checkpoint is written.
-    settings: .iterations, .lr, .warmup, .ema, .log_every, .save_every. work: floating point operations a sample, for the log.
-    Raises UserError where `folder` holds another run."""
+    """Yield (step, log, learning rate) for every step that is still to do, going on from the newest checkpoint in
+    `folder`. After the loop's body: EMA, and at intervals a line of the log and a checkpoint. After a SIGTERM to any
+    process all end with status 143, as the shell has it, once a checkpoint is written.
+    settings: .iterations, .lr, .warmup, .ema, .log_every, .save_every. work: floating point operations a sample, for
+    the log. Raises UserError where `folder` holds another run."""
     first = resume(folder, model, ema, optimizer, recipe)
     if largest([first, -first]) != [first, -first]:
-        raise cli.UserError(f"{folder}: the processes found different checkpoints there; --out must lie on a disk that all nodes share")
+        raise cli.UserError(f"{folder}: the processes found different checkpoints there; "
+                            "--out must lie on a disk that all nodes share")
     if first > settings.iterations:
-        raise cli.UserError(f"{folder} holds a run of {first} iterations already, and {settings.iterations} are asked for; ask for more, or give another --out")
+        raise cli.UserError(f"{folder} holds a run of {first} iterations already, "
+                            f"and {settings.iterations} are asked for; ask for more, or give another --out")
     log = Log(folder, first, writes=world.rank == 0, total=settings.iterations, flops=work)
     name = "/".join(Path(folder).parts[-3:]).replace("/training", "")
     if world.rank == 0:
@@ -240,17 +269,22 @@ def steps(settings, world, folder, model, ema, optimizer, recipe, cosine=False, 
             update_ema(ema, model, step, settings.ema)
             last, (stop,) = step + 1 == settings.iterations, largest([bool(received)])
             if last or stop or (step + 1) % settings.log_every == 0:
-                bar.set_postfix({k: v for k, v in log.write(step + 1, world).items() if k in ("loss", "samples_per_second")}, refresh=False)
-            due = last or stop or (step + 1) % settings.save_every == 0 and not (log.skips and log.skips[-1])              # while steps are skipped the checkpoints before are the better ones
+                bar.set_postfix({k: v for k, v in log.write(step + 1, world).items()
+                                 if k in ("loss", "samples_per_second")}, refresh=False)
+            # while steps are skipped the checkpoints before are the better ones
+            due = last or stop or (step + 1) % settings.save_every == 0 and not (log.skips and log.skips[-1])
             if due and not torch.stack(torch._foreach_norm(list(ema.parameters()))).isfinite().all():
-                raise cli.UserError(f"the training diverged: at iteration {step + 1} the weights are no finite numbers, and are not saved; start anew, in another --out, with a lower --lr")
+                raise cli.UserError(f"the training diverged: at iteration {step + 1} the weights are no finite "
+                                    "numbers, and are not saved; start anew, in another --out, with a lower --lr")
             if due and world.rank == 0:
                 save_checkpoint(folder, step + 1, pack(model, ema, optimizer), {"recipe": recipe})
                 log.plot(name)
             if stop and not last:
-                barrier()                                  # no process exits, and gets the others killed, before the checkpoint is whole
+                # no process exits, and gets the others killed, before the checkpoint is whole
+                barrier()
                 bar.close()
                 if world.rank == 0:
-                    print(f"{Path(sys.argv[0]).name}: SIGTERM at iteration {step + 1}: a checkpoint is written, and the same line goes on from there", file=sys.stderr)
+                    print(f"{Path(sys.argv[0]).name}: SIGTERM at iteration {step + 1}: a checkpoint is written, "
+                          "and the same line goes on from there", file=sys.stderr)
                 finish()
                 sys.exit(128 + signal.SIGTERM)

@@ -28,14 +28,16 @@ class UNetConfig:
     stacked: bool = False
 
     # Settings that a U-Net of this family may have in its config.json, each with the only value implemented here.
-    FIXED = {"act_fn": "silu", "flip_sin_to_cos": True, "freq_shift": 0, "downsample_padding": 1, "mid_block_scale_factor": 1,
-             "center_input_sample": False, "use_linear_projection": False, "only_cross_attention": False, "dual_cross_attention": False,
-             "class_embed_type": None, "addition_embed_type": None, "num_class_embeds": None, "encoder_hid_dim": None,
-             "time_embedding_type": "positional", "resnet_time_scale_shift": "default", "transformer_layers_per_block": 1,
-             "mid_block_type": "UNetMidBlock2DCrossAttn", "conv_in_kernel": 3, "conv_out_kernel": 3, "time_cond_proj_dim": None,
-             "resnet_skip_time_act": False, "upcast_attention": False, "num_attention_heads": None, "attention_type": "default",
-             "resnet_out_scale_factor": 1, "timestep_post_act": None, "time_embedding_act_fn": None, "time_embedding_dim": None,
-             "cross_attention_norm": None, "mid_block_only_cross_attention": None}
+    FIXED = {"act_fn": "silu", "flip_sin_to_cos": True, "freq_shift": 0, "downsample_padding": 1,
+             "mid_block_scale_factor": 1, "center_input_sample": False, "use_linear_projection": False,
+             "only_cross_attention": False, "dual_cross_attention": False, "class_embed_type": None,
+             "addition_embed_type": None, "num_class_embeds": None, "encoder_hid_dim": None,
+             "time_embedding_type": "positional", "resnet_time_scale_shift": "default",
+             "transformer_layers_per_block": 1, "mid_block_type": "UNetMidBlock2DCrossAttn", "conv_in_kernel": 3,
+             "conv_out_kernel": 3, "time_cond_proj_dim": None, "resnet_skip_time_act": False,
+             "upcast_attention": False, "num_attention_heads": None, "attention_type": "default",
+             "resnet_out_scale_factor": 1, "timestep_post_act": None, "time_embedding_act_fn": None,
+             "time_embedding_dim": None, "cross_attention_norm": None, "mid_block_only_cross_attention": None}
 
     @classmethod
     def from_dict(cls, config):
@@ -43,19 +45,28 @@ class UNetConfig:
         for key, value in cls.FIXED.items():
             given = config.get(key, value)
             if given != value and not (given in (None, False) and value in (None, False)):
-                raise ValueError(f"U-Net config: {key} is {given!r}, but a Stable Diffusion 1.x U-Net has {value!r} (Stable Diffusion 2 and XL are other networks)")
+                raise ValueError(f"U-Net config: {key} is {given!r}, but a Stable Diffusion 1.x U-Net has {value!r} "
+                                 "(Stable Diffusion 2 and XL are other networks)")
         known = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items() if k in cls.__dataclass_fields__}
         made = cls(**known)
         if not isinstance(made.attention_head_dim, int) or not isinstance(made.cross_attention_dim, int):
-            raise ValueError("U-Net config: attention_head_dim and cross_attention_dim must be one number each (Stable Diffusion 2 and XL are other networks)")
-        if len(made.down_block_types) != len(made.block_out_channels) or len(made.up_block_types) != len(made.block_out_channels):
+            raise ValueError("U-Net config: attention_head_dim and cross_attention_dim must be one number each "
+                             "(Stable Diffusion 2 and XL are other networks)")
+        if (len(made.down_block_types) != len(made.block_out_channels)
+                or len(made.up_block_types) != len(made.block_out_channels)):
             raise ValueError("U-Net config: block_out_channels, down_block_types and up_block_types differ in length")
-        levels = [*zip(made.down_block_types, made.block_out_channels), *zip(made.up_block_types, reversed(made.block_out_channels)), ("CrossAttn", made.block_out_channels[-1])]
-        if made.attention_head_dim < 1 or any(width % made.attention_head_dim for kind, width in levels if kind.startswith("CrossAttn")):
-            raise ValueError(f"U-Net config: attention_head_dim, the number of heads, is {made.attention_head_dim}, which does not divide block_out_channels")
+        levels = [*zip(made.down_block_types, made.block_out_channels),
+                  *zip(made.up_block_types, reversed(made.block_out_channels)),
+                  ("CrossAttn", made.block_out_channels[-1])]
+        if made.attention_head_dim < 1 or any(width % made.attention_head_dim for kind, width in levels
+                                              if kind.startswith("CrossAttn")):
+            raise ValueError("U-Net config: attention_head_dim, the number of heads, is "
+                             f"{made.attention_head_dim}, which does not divide block_out_channels")
         if type(made.sample_size) is not int or made.sample_size < 1:
-            raise ValueError(f"U-Net config: sample_size is {made.sample_size!r}; it must be one whole number, the latents' height and width")
-        unknown = set(made.down_block_types + made.up_block_types) - {"CrossAttnDownBlock2D", "DownBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"}
+            raise ValueError(f"U-Net config: sample_size is {made.sample_size!r}; it must be one whole number, "
+                             "the latents' height and width")
+        unknown = (set(made.down_block_types + made.up_block_types)
+                   - {"CrossAttnDownBlock2D", "DownBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"})
         if unknown:
             raise ValueError(f"U-Net config: unknown block {sorted(unknown)[0]}")
         return made
@@ -63,12 +74,14 @@ class UNetConfig:
     def to_dict(self):
         """The config.json that diffusers' UNet2DConditionModel reads."""
         fields = {k: list(v) if isinstance(v, tuple) else v for k, v in self.__dict__.items() if k != "stacked" or v}
-        return {"_class_name": "UNet2DConditionModel", "act_fn": "silu", "flip_sin_to_cos": True, "freq_shift": 0, **fields}
+        return {"_class_name": "UNet2DConditionModel", "act_fn": "silu", "flip_sin_to_cos": True, "freq_shift": 0,
+                **fields}
 
 
 def timestep_embedding(timestep, width):
     """Sinusoids of a float timestep [B] -> [B, width], cosines first (Vaswani et al. 2017, section 3.5)."""
-    frequency = torch.exp(-math.log(10000) * torch.arange(width // 2, dtype=torch.float32, device=timestep.device) / (width // 2))
+    frequency = torch.exp(-math.log(10000) * torch.arange(width // 2, dtype=torch.float32, device=timestep.device)
+                          / (width // 2))
     angle = timestep.float()[:, None] * frequency
     return torch.cat([angle.cos(), angle.sin()], dim=1)
 
@@ -114,7 +127,7 @@ class Attention(nn.Module):
 
     def forward(self, x, context=None):
         context = x if context is None else context
-        q, k, v = (y.unflatten(2, (self.heads, -1)).transpose(1, 2)                                        # [B, heads, N, C/heads]
+        q, k, v = (y.unflatten(2, (self.heads, -1)).transpose(1, 2)                          # [B, heads, N, C/heads]
                    for y in (self.to_q(x), self.to_k(context), self.to_v(context)))
         return self.to_out[0](F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))        # [B, N, C]
 
@@ -134,7 +147,8 @@ class GEGLU(nn.Module):
 class FeedForward(nn.Module):
     def __init__(self, width):
         super().__init__()
-        self.net = nn.ModuleList([GEGLU(width, 4 * width), nn.Identity(), nn.Linear(4 * width, width)])   # 1 is diffusers' dropout
+        # 1 is diffusers' dropout
+        self.net = nn.ModuleList([GEGLU(width, 4 * width), nn.Identity(), nn.Linear(4 * width, width)])
 
     def forward(self, x):
         return self.net[2](self.net[0](x))
@@ -161,16 +175,17 @@ class Transformer(nn.Module):
 
     def __init__(self, width, config):
         super().__init__()
-        self.norm = nn.GroupNorm(config.norm_num_groups, width, eps=1e-6)                                  # not norm_eps, here alone
+        self.norm = nn.GroupNorm(config.norm_num_groups, width, eps=1e-6)                    # not norm_eps, here alone
         self.proj_in = nn.Conv2d(width, width, 1)
-        self.transformer_blocks = nn.ModuleList([TransformerBlock(width, config.attention_head_dim, config.cross_attention_dim)])
+        self.transformer_blocks = nn.ModuleList(
+            [TransformerBlock(width, config.attention_head_dim, config.cross_attention_dim)])
         self.proj_out = nn.Conv2d(width, width, 1)
 
     def forward(self, x, context):
         h = self.proj_in(self.norm(x))
         size = h.shape[2:]
-        h = self.transformer_blocks[0](h.flatten(2).transpose(1, 2), context)                              # [B, H W, C]
-        return x + self.proj_out(h.transpose(1, 2).unflatten(2, size))                                     # [B, C, H, W]
+        h = self.transformer_blocks[0](h.flatten(2).transpose(1, 2), context)                # [B, H W, C]
+        return x + self.proj_out(h.transpose(1, 2).unflatten(2, size))                       # [B, C, H, W]
 
 
 class Downsample(nn.Module):
@@ -232,7 +247,8 @@ class UpBlock(nn.Module):
         super().__init__()
         if attention:
             self.attentions = nn.ModuleList(Transformer(out, config) for _ in skips)
-        self.resnets = nn.ModuleList(ResnetBlock((out if i else channels) + skip, out, time, config) for i, skip in enumerate(skips))
+        self.resnets = nn.ModuleList(ResnetBlock((out if i else channels) + skip, out, time, config)
+                                     for i, skip in enumerate(skips))
         if upsample:
             self.upsamplers = nn.ModuleList([Upsample(out)])
 
@@ -249,8 +265,8 @@ class UpBlock(nn.Module):
 class UNet(nn.Module):
     """Noise or velocity of latents, given the timestep and the text.
 
-    forward(x [B, C, H, W], timestep float [B] or scalar in [0, 1000], context [B, L, cross_attention_dim]) -> [B, C, H, W].
-    H and W are any sizes: where a level's is odd, the way up follows the skip connections.
+    forward(x [B, C, H, W], timestep float [B] or scalar in [0, 1000], context [B, L, cross_attention_dim])
+    -> [B, C, H, W]. H and W are any sizes: where a level's is odd, the way up follows the skip connections.
     """
 
     def __init__(self, config=UNetConfig()):
@@ -285,7 +301,8 @@ class UNet(nn.Module):
     def trunk(self, x, timestep, context):
         """Everything between conv_in and conv_norm_out: [B, block_out_channels[0], H, W] -> the same shape."""
         timestep = torch.as_tensor(timestep, device=x.device).expand(len(x))
-        time = self.time_embedding(timestep_embedding(timestep, self.config.block_out_channels[0]).to(x.dtype))   # [B, 4 C0]
+        # [B, 4 C0]
+        time = self.time_embedding(timestep_embedding(timestep, self.config.block_out_channels[0]).to(x.dtype))
         context = context.to(x.dtype)
         skips = [x]
         for block in self.down_blocks:
@@ -300,9 +317,9 @@ class UNet(nn.Module):
 
 
 class StackedUNet(nn.Module):
-    """InstaFlow-1.7B: two U-Nets in series, weights not shared. The first one's out block and the second one's conv_in are
-    dropped, and features pass between them at full latent size, where the widths match. (The paper's wiring was never
-    published: this is our reading.)"""
+    """InstaFlow-1.7B: two U-Nets in series, weights not shared. The first one's out block and the second one's
+    conv_in are dropped, and features pass between them at full latent size, where the widths match. (The paper's
+    wiring was never published: this is our reading.)"""
 
     def __init__(self, config=UNetConfig()):
         super().__init__()

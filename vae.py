@@ -1,7 +1,8 @@
 """The autoencoder of Stable Diffusion: images [B, 3, H, W] in [-1, 1] <-> latents [B, 4, H/f, W/f], unscaled.
 
-f = 2 ** (levels - 1): 8 at full size. (The 0.18215 that latents are scaled by is InstaFlow's business.) Attribute names
-are the key paths of the diffusers layout. Rombach et al. 2022, section 3.1; the architecture is VQGAN's (Esser et al. 2021).
+f = 2 ** (levels - 1): 8 at full size. (The 0.18215 that latents are scaled by is InstaFlow's business.)
+Attribute names are the key paths of the diffusers layout. Rombach et al. 2022, section 3.1;
+the architecture is VQGAN's (Esser et al. 2021).
 """
 from dataclasses import dataclass
 
@@ -25,14 +26,16 @@ class VAEConfig:
     @classmethod
     def from_dict(cls, config):
         """From diffusers' config.json as a dict. Raises ValueError where it asks for a network that this is not."""
-        fixed = {"act_fn": "silu", "use_quant_conv": True, "use_post_quant_conv": True, "mid_block_add_attention": True, "shift_factor": None}
+        fixed = {"act_fn": "silu", "use_quant_conv": True, "use_post_quant_conv": True,
+                 "mid_block_add_attention": True, "shift_factor": None}
         for key, value in fixed.items():
             if config.get(key, value) != value:
                 raise ValueError(f"VAE config: {key} is {config[key]!r}, but Stable Diffusion 1.x's VAE has {value!r}")
         scale = config.get("scaling_factor", cls.scaling_factor)
         if type(scale) not in (int, float) or not 0 < scale < float("inf"):
             raise ValueError(f"VAE config: scaling_factor is {scale!r}; it must be a number above 0")
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in config.items() if k in cls.__dataclass_fields__})
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in config.items()
+                      if k in cls.__dataclass_fields__})
 
     def to_dict(self):
         """The config.json that diffusers' AutoencoderKL reads."""
@@ -48,8 +51,8 @@ class VAEConfig:
 
 
 def silu(x):
-    """SiLU of a norm's output, in place: nothing else reads it, and on a CPU fresh memory costs more than the arithmetic. With
-    gradients enabled autograd would keep a copy, so then it is not in place."""
+    """SiLU of a norm's output, in place: nothing else reads it, and on a CPU fresh memory costs more than the
+    arithmetic. With gradients enabled autograd would keep a copy, so then it is not in place."""
     return F.silu(x, inplace=not torch.is_grad_enabled())
 
 
@@ -70,7 +73,8 @@ class ResnetBlock(nn.Module):
     def forward(self, x):
         h = self.conv1(silu(self.norm1(x)))
         h = self.conv2(silu(self.norm2(h)))
-        return h.add_(self.conv_shortcut(x) if hasattr(self, "conv_shortcut") else x)        # in place too; no gradient needs what h was
+        # in place too; no gradient needs what h was
+        return h.add_(self.conv_shortcut(x) if hasattr(self, "conv_shortcut") else x)
 
 
 class Attention(nn.Module):
@@ -105,7 +109,8 @@ class Downsample(nn.Module):
         self.conv = nn.Conv2d(width, width, 3, stride=2)
 
     def forward(self, x):
-        return self.conv(F.pad(x, (0, 1, 0, 1)))                             # right and bottom only: symmetric padding shifts the image
+        # right and bottom only: symmetric padding shifts the image
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
 
 
 class Upsample(nn.Module):
@@ -142,7 +147,8 @@ class Encoder(nn.Module):
         widths = config.block_out_channels
         self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
         self.down_blocks = nn.ModuleList(
-            Block(widths[max(i - 1, 0)], width, config.layers_per_block, config, downsample=i < len(widths) - 1) for i, width in enumerate(widths))
+            Block(widths[max(i - 1, 0)], width, config.layers_per_block, config, downsample=i < len(widths) - 1)
+            for i, width in enumerate(widths))
         self.mid_block = MidBlock(widths[-1], config)
         self.conv_norm_out = group_norm(widths[-1], config)
         self.conv_out = nn.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
@@ -161,7 +167,8 @@ class Decoder(nn.Module):
         self.conv_in = nn.Conv2d(config.latent_channels, widths[0], 3, padding=1)
         self.mid_block = MidBlock(widths[0], config)
         self.up_blocks = nn.ModuleList(
-            Block(widths[max(i - 1, 0)], width, config.layers_per_block + 1, config, upsample=i < len(widths) - 1) for i, width in enumerate(widths))
+            Block(widths[max(i - 1, 0)], width, config.layers_per_block + 1, config, upsample=i < len(widths) - 1)
+            for i, width in enumerate(widths))
         self.conv_norm_out = group_norm(widths[-1], config)
         self.conv_out = nn.Conv2d(widths[-1], config.out_channels, 3, padding=1)
 
@@ -191,8 +198,9 @@ class VAE(nn.Module):
         return self.decoder(self.post_quant_conv(latent))
 
     def decode_tiled(self, latent, tile=64):
-        """As `decode`, in tiles of tile x tile latents that overlap by a quarter and are blended linearly: memory is a tile's, whatever
-        the picture's size. It is not the same picture: every tile has its own GroupNorm statistics and attends to itself alone."""
+        """As `decode`, in tiles of tile x tile latents that overlap by a quarter and are blended linearly: memory is
+        a tile's, whatever the picture's size. It is not the same picture: every tile has its own GroupNorm statistics
+        and attends to itself alone."""
         h, w = latent.shape[2:]
         if h <= tile and w <= tile:
             return self.decode(latent)

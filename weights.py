@@ -1,12 +1,12 @@
 """Weights in folders of the diffusers layout, to and from the modules, and what all weight files have in common.
 
-    folders       the diffusers layout: unet/, vae/, text_encoder/, each config.json and weights, as .safetensors or .bin, whole or
-                  in shards with an index, with or without `.fp16.` in the name
+    folders       the diffusers layout: unet/, vae/, text_encoder/, each config.json and weights, as .safetensors or
+                  .bin, whole or in shards with an index, with or without `.fp16.` in the name
     single files  the ldm layout, as .safetensors or .ckpt, with or without EMA
 
 Every key must be used, every shape match and every dtype be floating point, or a UserError names the file and the
-key. A pickle that could run code is never loaded. Files are memory-mapped, and weights already in the requested dtype stay
-on disk until they are used: they are changed in memory only, and a file must not be overwritten in place
+key. A pickle that could run code is never loaded. Files are memory-mapped, and weights already in the requested dtype
+stay on disk until they are used: they are changed in memory only, and a file must not be overwritten in place
 meanwhile (writing a new one and renaming it, as `checkpoint.write` does, is safe).
 """
 import json
@@ -61,7 +61,8 @@ class _Ignored:
 
 
 def _read_pickle(path):
-    """torch.save's file of tensors, or a trainer's checkpoint with `state_dict`, through the unpickler that runs no code."""
+    """torch.save's file of tensors, or a trainer's checkpoint with `state_dict`,
+    through the unpickler that runs no code."""
     with open(path, "rb") as file:
         zipped = file.read(4) == b"PK\3\4"                 # older ones are a bare pickle, which cannot be memory-mapped
     allowed = []
@@ -87,42 +88,53 @@ def one_line(path):
     try:
         yield
     except (FileNotFoundError, PermissionError) as error:  # safetensors has the first for both
-        if isinstance(error, PermissionError) or os.path.exists(path):       # (Path.exists raises where a folder may not be entered)
+        # (Path.exists raises where a folder may not be entered)
+        if isinstance(error, PermissionError) or os.path.exists(path):
             raise UserError(f"{path} may not be read; change its permissions") from None
         raise UserError(f"{path} is missing; check its name, or download (or train) it again") from None
     except Exception as error:                             # a damaged pickle raises whatever it likes
-        reason = re.sub(r"^Weights only load failed.*(WeightsUnpickler error:|trusted source\.) ", "", " ".join(str(error).split()))      # torch's advice is to run the code
+        # torch's advice is to run the code
+        reason = re.sub(r"^Weights only load failed.*(WeightsUnpickler error:|trusted source\.) ", "",
+                        " ".join(str(error).split()))
         start = path.read_bytes()[:100] if path.is_file() and path.stat().st_size < 1000 else b""
         if start.startswith(b"version https://git-lfs"):
-            raise UserError(f"{path} is a git-lfs pointer, not the weights; run `git lfs pull` where you cloned it") from None
+            raise UserError(f"{path} is a git-lfs pointer, not the weights; "
+                            "run `git lfs pull` where you cloned it") from None
         unsafe = re.search(r"[uU]nsupported (?:global: )?GLOBAL (\S+)", reason)
         if unsafe:
-            raise UserError(f"{path} holds a Python object, {unsafe[1]}, which could run code, so it is not read; get the weights as .safetensors") from None
+            raise UserError(f"{path} holds a Python object, {unsafe[1]}, which could run code, so it is not read; "
+                            "get the weights as .safetensors") from None
         kind = "torch.save file" if path.suffix in PICKLES else "safetensors file"
-        raise UserError(f"{path} is no whole {kind} ({reason[:150] or type(error).__name__}), most likely a cut download; fetch it again") from None
+        raise UserError(f"{path} is no whole {kind} ({reason[:150] or type(error).__name__}), "
+                        "most likely a cut download; fetch it again") from None
 
 
 def read_tensors(path):
-    """All tensors of a .safetensors, .ckpt, .bin, .pt or .pth file, memory-mapped -> dict[str, tensor]. Raises UserError."""
+    """All tensors of a .safetensors, .ckpt, .bin, .pt or .pth file, memory-mapped -> dict[str, tensor].
+    Raises UserError."""
     path = Path(path)
     with one_line(path):
         if path.suffix in PICKLES:
             return _read_pickle(path)
         with safe_open(path, "pt") as file:
             keys, tensors = sorted(file.keys()), {}
-        for i in range(0, len(keys), 16):                  # each group has a mapping of its own, and leaves memory with it once converted
+        # each group has a mapping of its own, and leaves memory with it once converted
+        for i in range(0, len(keys), 16):
             with safe_open(path, "pt") as file:
                 tensors |= {key: file.get_tensor(key) for key in keys[i:i + 16]}
         return tensors
 
 
 def weight_file(listed, part, dtype=None):
-    """Which of the files `listed` in a folder holds the weights of `part` (or is the index of their shards); None where none does.
-    Safetensors before pickles, and whole precision before `.fp16.`, but where float16 is asked for."""
+    """Which of the files `listed` in a folder holds the weights of `part` (or is the index of their shards);
+    None where none does. Safetensors before pickles, and whole precision before `.fp16.`,
+    but where float16 is asked for."""
     for suffix in (".safetensors", ".bin"):
-        stem = "diffusion_pytorch_model" if part != "text_encoder" else "model" if suffix == ".safetensors" else "pytorch_model"
+        stem = ("diffusion_pytorch_model" if part != "text_encoder"
+                else "model" if suffix == ".safetensors" else "pytorch_model")
         for variant in (".fp16", "") if dtype == torch.float16 else ("", ".fp16"):
-            for name in (f"{stem}{variant}{suffix}", f"{stem}{suffix}.index{variant}.json", f"{stem}{variant}{suffix}.index.json"):
+            for name in (f"{stem}{variant}{suffix}", f"{stem}{suffix}.index{variant}.json",
+                         f"{stem}{variant}{suffix}.index.json"):
                 if name in listed:
                     return name
 
@@ -137,7 +149,8 @@ def weight_files(folder, part, dtype=None):
     if path.suffix != ".json":
         return path, None
     shards = read_json(path).get("weight_map")
-    if not isinstance(shards, dict) or not all(isinstance(file, str) and Path(file).name == file for file in shards.values()):
+    if not isinstance(shards, dict) or not all(isinstance(file, str) and Path(file).name == file
+                                               for file in shards.values()):
         raise UserError(f"{path} has no weight_map from tensors to files beside it; download the model again")
     return path, shards
 
@@ -151,16 +164,20 @@ def read_folder(folder, part, dtype=None):
         shard = read_tensors(path.parent / file)
         for key in shard:
             if shards.get(key) != file:
-                raise UserError(f"{path.parent / file} holds tensor {key}, which {path.name} {f'has in {shards[key]}' if key in shards else 'does not know'}; download the model again")
+                raise UserError(f"{path.parent / file} holds tensor {key}, which {path.name} "
+                                f"{f'has in {shards[key]}' if key in shards else 'does not know'}; "
+                                "download the model again")
         tensors |= shard
     lacking = sorted(shards.keys() - tensors.keys())
     if lacking:
-        raise UserError(f"{path.parent / shards[lacking[0]]} lacks tensor {lacking[0]} ({len(lacking)} in all), which {path.name} has there; download the model again")
+        raise UserError(f"{path.parent / shards[lacking[0]]} lacks tensor {lacking[0]} ({len(lacking)} in all), "
+                        f"which {path.name} has there; download the model again")
     return tensors, path
 
 
 def checksum(path, *parts):
-    """CRC-32 of the file or files that hold a model's U-Net, or `parts` of it: a name does not do, as a folder may be trained again. Raises UserError."""
+    """CRC-32 of the file or files that hold a model's U-Net, or `parts` of it: a name does not do, as a folder may be
+    trained again. Raises UserError."""
     path, crc = Path(path), 0
     for part in parts or ["unet"]:
         file, shards = (path, None) if path.is_file() else weight_files(path / part, part)
@@ -174,7 +191,8 @@ def checksum(path, *parts):
 def same(a, b):
     """Whether two modules have the same weights in float16, in which a student's folder may have its teacher's."""
     a, b = a.state_dict(), b.state_dict()
-    return a.keys() == b.keys() and all(a[key].shape == b[key].shape and torch.equal(a[key].half().cpu(), b[key].half().cpu()) for key in a)
+    return a.keys() == b.keys() and all(a[key].shape == b[key].shape
+                                        and torch.equal(a[key].half().cpu(), b[key].half().cpu()) for key in a)
 
 
 def holds(folder, vae, text):
@@ -197,21 +215,25 @@ def build(module, config, given, path):
 
 
 def check(wanted, tensors, path, asks="config.json asks for"):
-    """Raises UserError naming the file and the first tensor that is lacking, unknown or wrong; both are by the file's own names."""
+    """Raises UserError naming the file and the first tensor that is lacking, unknown or wrong;
+    both are by the file's own names."""
     for wrong, what in ((wanted.keys() - tensors.keys(), "lacks"), (tensors.keys() - wanted.keys(), "has an unknown")):
         if wrong:
-            raise UserError(f"{path} {what} tensor {sorted(wrong)[0]} ({len(wrong)} in all): it is another model's, or damaged")
+            raise UserError(f"{path} {what} tensor {sorted(wrong)[0]} ({len(wrong)} in all): "
+                            "it is another model's, or damaged")
     for key, value in tensors.items():
         if value.shape != wanted[key].shape:
             raise UserError(f"{path}: {key} is {list(value.shape)}, but {asks} {list(wanted[key].shape)}")
         if value.dtype not in FLOATS:
             raise UserError(f"{path}: {key} is {value.dtype}, not floating point of 16, 32 or 64 bits")
-    if {torch.float16, torch.bfloat16} <= {value.dtype for value in tensors.values()}:       # one flipped in a header reads as noise
+    # one flipped in a header reads as noise
+    if {torch.float16, torch.bfloat16} <= {value.dtype for value in tensors.values()}:
         raise UserError(f"{path} has tensors in float16 and others in bfloat16: it is damaged; fetch it again")
 
 
 def fill(module, tensors, dtype):
-    """A module built without memory takes its tensors out of the dict, in `dtype` (None: their own): without a copy where they have it."""
+    """A module built without memory takes its tensors out of the dict, in `dtype` (None: their own):
+    without a copy where they have it."""
     module.load_state_dict({key: tensors.pop(key).to(dtype=dtype) for key in list(tensors)}, assign=True)
     return module.eval()
 
@@ -224,15 +246,18 @@ def fill_text(tower, tensors, path, dtype, prefix="", **words):
     """TextTower from transformers' names, with or without `text_model.`."""
     tensors = {key: value for key, value in tensors.items() if not key.endswith("position_ids")}
     bare = not any(key.startswith(prefix + "text_model.") for key in tensors)
-    wanted = {prefix + (key.removeprefix("text_model.") if bare else key): value for key, value in text_to_transformers(tower.state_dict()).items()}
+    wanted = {prefix + (key.removeprefix("text_model.") if bare else key): value
+              for key, value in text_to_transformers(tower.state_dict()).items()}
     check(wanted, tensors, path, **words)
     fill(tower, text_from_transformers({key.removeprefix(prefix): value for key, value in tensors.items()}), dtype)
-    tower.tower.attn_mask = tower.tower.build_causal_mask().to(dtype=next(tower.parameters()).dtype)      # a buffer that is in no file
+    # a buffer that is in no file
+    tower.tower.attn_mask = tower.tower.build_causal_mask().to(dtype=next(tower.parameters()).dtype)
     return tower
 
 
 def load_unet(folder, dtype=torch.float32):
-    """`folder` = .../unet -> UNet or StackedUNet, on the CPU, in `dtype` (None: the file's). Raises UserError, as all below."""
+    """`folder` = .../unet -> UNet or StackedUNet, on the CPU, in `dtype` (None: the file's).
+    Raises UserError, as all below."""
     config = Path(folder) / "config.json"
     unet = build(_unet, UNetConfig, read_json(config), config)
     tensors, path = read_folder(folder, "unet", dtype)

@@ -1,7 +1,9 @@
 """One picture in one step by diffusers, without its pipeline: what speed.py compares sample.py's process with.
 
-    python benchmarks/peer.py FOLDER cpu bfloat16 channels_last out.png "a red circle"           # three networks in memory, as in its pipeline
-    python benchmarks/peer.py FOLDER cpu bfloat16 channels_last out.png "a red circle" lean      # one after the other
+    python benchmarks/peer.py FOLDER cpu bfloat16 channels_last out.png "a red circle"
+        # three networks in memory, as in its pipeline
+    python benchmarks/peer.py FOLDER cpu bfloat16 channels_last out.png "a red circle" lean
+        # one after the other
 """
 import sys
 
@@ -15,7 +17,8 @@ dtype, layout = getattr(torch, dtype), getattr(torch, layout)
 torch.set_grad_enabled(False)
 
 load = {"text_encoder": lambda path: CLIPTextModel.from_pretrained(path, dtype=dtype).to(device),
-        "unet": lambda path: UNet2DConditionModel.from_pretrained(path, torch_dtype=dtype).to(device).to(memory_format=layout),
+        "unet": lambda path: (UNet2DConditionModel.from_pretrained(path, torch_dtype=dtype)
+                              .to(device).to(memory_format=layout)),
         "vae": lambda path: AutoencoderKL.from_pretrained(path, torch_dtype=dtype).to(device).to(memory_format=layout)}
 held = {} if lean else {name: load[name](f"{folder}/{name}") for name in load}
 

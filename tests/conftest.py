@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-# The nets here are too small to share out, and two threads that wait for each other on a busy machine take ten times as long.
+# The nets here are too small to share out, and two threads that wait for each other on a busy machine take ten times
+# as long.
 torch.set_num_threads(1)
 
 
@@ -76,20 +77,24 @@ def randomise(module):
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
-    """A folder with two models of random weights: `teacher` predicts noise, `flow` velocity and borrows teacher's VAE and
-    text tower. Latents are [4, 8, 8], pictures 16 x 16. Nobody writes into it."""
+    """A folder with two models of random weights: `teacher` predicts noise, `flow` velocity and borrows teacher's VAE
+    and text tower. Latents are [4, 8, 8], pictures 16 x 16. Nobody writes into it."""
     from instaflow import InstaFlow
     from text import TextConfig, TextTower
     from unet import UNet, UNetConfig
     from vae import VAE, VAEConfig
     folder = tmp_path_factory.mktemp("tiny")
-    config = UNetConfig(block_out_channels=(8, 16), down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-                        layers_per_block=1, attention_head_dim=2, cross_attention_dim=8, norm_num_groups=2, sample_size=8)
+    config = UNetConfig(block_out_channels=(8, 16), down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+                        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"), layers_per_block=1, attention_head_dim=2,
+                        cross_attention_dim=8, norm_num_groups=2, sample_size=8)
     torch.manual_seed(1)
     vae = randomise(VAE(VAEConfig(block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=2, sample_size=16)))
-    text = randomise(TextTower(TextConfig(hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)))
-    InstaFlow(randomise(UNet(config)), vae, text, {"prediction": "epsilon", "steps": 4, "guidance": 2.0}).save(folder / "teacher")
-    InstaFlow(randomise(UNet(config)), vae, text, {"prediction": "velocity", "steps": 3, "guidance": 1.5}, folder / "teacher").save(folder / "flow")
+    text = randomise(TextTower(TextConfig(hidden_size=8, intermediate_size=16, num_hidden_layers=1,
+                                          num_attention_heads=2)))
+    InstaFlow(randomise(UNet(config)), vae, text,
+              {"prediction": "epsilon", "steps": 4, "guidance": 2.0}).save(folder / "teacher")
+    InstaFlow(randomise(UNet(config)), vae, text,
+              {"prediction": "velocity", "steps": 3, "guidance": 1.5}, folder / "teacher").save(folder / "flow")
     return folder
 
 
@@ -113,11 +118,13 @@ def command(monkeypatch, capsys):
 
 def without_time(lines):
     """Lines of a training's log, but for what no two runs have alike."""
-    return [{k: v for k, v in line.items() if k not in ("seconds", "samples_per_second", "memory_gib", "hours_left")} for line in lines]
+    return [{k: v for k, v in line.items() if k not in ("seconds", "samples_per_second", "memory_gib", "hours_left")}
+            for line in lines]
 
 
 def one_line(result, *words):
-    """Whether a command line's result is what a user's mistake must give: status 2 and one line on stderr, with these words."""
+    """Whether a command line's result is what a user's mistake must give: status 2 and one line on stderr, with these
+    words."""
     status, out, err = result
     assert status == 2, f"exit status {status}: {err}"
     assert err.count("\n") == 1 and err.endswith("\n"), f"not one line: {err!r}"
@@ -130,20 +137,23 @@ def one_line(result, *words):
 
 @pytest.fixture(scope="session")
 def peers(tmp_path_factory):
-    """A folder that diffusers and transformers wrote, with random weights: Stable Diffusion 1.5's architecture with fewer channels.
-    It has the fields unet, vae, text: their networks. Nobody writes into it."""
+    """A folder that diffusers and transformers wrote, with random weights: Stable Diffusion 1.5's architecture with
+    fewer channels. It has the fields unet, vae, text: their networks. Nobody writes into it."""
     from types import SimpleNamespace
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
     folder = tmp_path_factory.mktemp("peers")
     torch.manual_seed(3)
     unet = randomise(UNet2DConditionModel(
-        sample_size=64, block_out_channels=(16, 32, 32, 32), norm_num_groups=4, attention_head_dim=4, cross_attention_dim=32,
-        down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",), up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3))
-    vae = randomise(AutoencoderKL(sample_size=512, block_out_channels=(16, 16, 32, 32), norm_num_groups=4, layers_per_block=2, latent_channels=4,
-                                  down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4))
-    text = randomise(CLIPTextModel(CLIPTextConfig(vocab_size=49408, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-                                                  max_position_embeddings=77, hidden_act="quick_gelu", bos_token_id=49406, eos_token_id=49407, pad_token_id=1)))
+        sample_size=64, block_out_channels=(16, 32, 32, 32), norm_num_groups=4, attention_head_dim=4,
+        cross_attention_dim=32, down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
+        up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3))
+    vae = randomise(AutoencoderKL(
+        sample_size=512, block_out_channels=(16, 16, 32, 32), norm_num_groups=4, layers_per_block=2, latent_channels=4,
+        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4))
+    text = randomise(CLIPTextModel(CLIPTextConfig(
+        vocab_size=49408, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=77, hidden_act="quick_gelu", bos_token_id=49406, eos_token_id=49407, pad_token_id=1)))
     for part, module in (("unet", unet), ("vae", vae), ("text_encoder", text)):
         module.save_pretrained(folder / part)
     (folder / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
@@ -162,7 +172,8 @@ def tokenizer(tmp_path_factory):
     merges = gzip.decompress(source.read_bytes()).decode().split("\n")[1:49152 - 256 - 2 + 1]
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     symbols = [chr(b) for b in printable] + [chr(256 + i) for i in range(256 - len(printable))]
-    words = symbols + [s + "</w>" for s in symbols] + [m.replace(" ", "") for m in merges] + ["<|startoftext|>", "<|endoftext|>"]
+    words = (symbols + [s + "</w>" for s in symbols] + [m.replace(" ", "") for m in merges]
+             + ["<|startoftext|>", "<|endoftext|>"])
     (folder / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
     (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n")
     return CLIPTokenizer.from_pretrained(folder, model_max_length=77)
@@ -172,8 +183,8 @@ def tokenizer(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def their_inception(tmp_path_factory):
-    """(file of random Inception weights in pytorch-fid's layout, pytorch-fid's network that has loaded it). Its constructor
-    reads that file in place of the network for as long as the session lasts."""
+    """(file of random Inception weights in pytorch-fid's layout, pytorch-fid's network that has loaded it). Its
+    constructor reads that file in place of the network for as long as the session lasts."""
     import pytorch_fid.inception as peer
     from torchvision.models import inception_v3
     path, generator = tmp_path_factory.mktemp("inception") / "weights.pth", torch.Generator().manual_seed(5)

@@ -12,7 +12,8 @@ from conftest import one_line, paint
 
 open_clip = pytest.importorskip("open_clip")
 NAME = "tiny-for-tests"
-CONFIG = {"embed_dim": 24, "vision_cfg": {"image_size": 32, "layers": 2, "width": 32, "head_width": 16, "patch_size": 8},
+CONFIG = {"embed_dim": 24,
+          "vision_cfg": {"image_size": 32, "layers": 2, "width": 32, "head_width": 16, "patch_size": 8},
           "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2}}
 CAPTIONS = ["a red circle", "Two dogs & a cat, on a beach.", "ein grüner Ring", " ".join(["word"] * 100)]
 
@@ -41,7 +42,8 @@ def by_hand(weights, images, captions):
     """Cosines, with open_clip's constructor, preprocessing and encoders."""
     model = open_clip.model.CLIP(**CONFIG).eval()
     model.load_state_dict(torch.load(weights, weights_only=True))
-    prepare = open_clip.image_transform(32, is_train=False, mean=(.48145466, .4578275, .40821073), std=(.26862954, .26130258, .27577711))
+    prepare = open_clip.image_transform(32, is_train=False, mean=(.48145466, .4578275, .40821073),
+                                        std=(.26862954, .26130258, .27577711))
     a = model.encode_image(torch.stack([prepare(image) for image in images]))
     b = model.encode_text(open_clip.tokenize(captions))
     return [float(x @ y / (x.norm() * y.norm())) for x, y in zip(a.double(), b.double())]
@@ -54,7 +56,8 @@ def test_cosines_are_open_clips(weights, folder):
     clip = Clip(weights, NAME)
     found = clip(torch.stack([clip.prepare(image) for image in images]), CAPTIONS)
     assert found.shape == (4,) and np.abs(found.numpy() - wanted).max() <= 1e-5
-    prefixed = Clip(weights, NAME, prefix="A photo depicts ")(torch.stack([clip.prepare(image) for image in images]), CAPTIONS[:4])
+    prefixed = Clip(weights, NAME, prefix="A photo depicts ")(
+        torch.stack([clip.prepare(image) for image in images]), CAPTIONS[:4])
     assert np.abs(prefixed.numpy() - by_hand(weights, images, ["A photo depicts " + c for c in CAPTIONS])).max() <= 1e-5
     assert np.abs(prefixed.numpy() - wanted).max() > 1e-4
 
@@ -62,12 +65,14 @@ def test_cosines_are_open_clips(weights, folder):
 def test_the_command_line_prints_their_mean(weights, folder, command, tmp_path):
     (tmp_path / "captions.txt").write_text("\n".join(CAPTIONS), encoding="utf-8")
     wanted = np.mean(by_hand(weights, [Image.open(folder / f"{i}.png") for i in range(4)], CAPTIONS))
-    line = ["--captions", tmp_path / "captions.txt", "--clip", weights, "--clip-model", NAME, "--device", "cpu", "--batch", 3]
+    line = ["--captions", tmp_path / "captions.txt", "--clip", weights, "--clip-model", NAME,
+            "--device", "cpu", "--batch", 3]
     status, out, err = command("fid.py", folder, *line)
     assert (status, out) == (0, f"CLIP score {wanted:.4f}: {folder}, {NAME}\n")
     assert command("fid.py", folder, *line, "--size", 16)[1] == out               # CLIP sees the whole picture
-    (tmp_path / "captions.jsonl").write_text("".join(json.dumps({"file_name": f"{i}.png", "text": CAPTIONS[i]}) + "\n" for i in (2, 0, 3, 1)))
-    assert command("fid.py", folder, *line, "--captions", tmp_path / "captions.jsonl")[1] == out           # paired by name
+    (tmp_path / "captions.jsonl").write_text("".join(
+        json.dumps({"file_name": f"{i}.png", "text": CAPTIONS[i]}) + "\n" for i in (2, 0, 3, 1)))
+    assert command("fid.py", folder, *line, "--captions", tmp_path / "captions.jsonl")[1] == out  # paired by name
     assert "A photo depicts" in command("fid.py", folder, *line, "--clip-prefix", "A photo depicts ")[1]
 
 
@@ -84,4 +89,5 @@ def test_mistakes_are_named(weights, folder, command, tmp_path):
             Clip(tmp_path / name, NAME)
     (tmp_path / "captions.txt").write_text("one\ntwo\n")
     assert one_line(command("fid.py", folder, "--clip", weights), "need --captions")
-    assert one_line(command("fid.py", folder, "--captions", tmp_path / "captions.txt", "--clip", weights, "--clip-model", NAME, "--device", "cpu"), "4 pictures, and there are 2 captions")
+    assert one_line(command("fid.py", folder, "--captions", tmp_path / "captions.txt", "--clip", weights,
+                            "--clip-model", NAME, "--device", "cpu"), "4 pictures, and there are 2 captions")

@@ -31,22 +31,27 @@ def test_a_measured_device_by_hand():
     assert names[4:] == ["NVIDIA H100 80GB HBM3, measured", "A100, estimate from NVIDIA H100 80GB HBM3"]
     assert float(table["pairs, twice"][3]) == pytest.approx(3.2e6 / 10 / 86400, abs=0.05)
     assert float(table["reflow, 1024 x 25,000"][3]) == pytest.approx(25.6e6 / 100 / 86400, abs=0.05)
-    assert float(table["distillation, LPIPS, 1024 x 18,000"][4]) == pytest.approx(1024 * 18000 / 20 / 86400 * 989 / 312, abs=0.05)
-    assert float(table["all"][3]) == pytest.approx(3.2e5 / 86400 + 30.08e6 / 100 / 86400 + 22.016e6 / 50 / 86400 + 18.432e6 / 20 / 86400, abs=0.1)
+    assert float(table["distillation, LPIPS, 1024 x 18,000"][4]) == pytest.approx(
+        1024 * 18000 / 20 / 86400 * 989 / 312, abs=0.05)
+    assert float(table["all"][3]) == pytest.approx(
+        3.2e5 / 86400 + 30.08e6 / 100 / 86400 + 22.016e6 / 50 / 86400 + 18.432e6 / 20 / 86400, abs=0.1)
 
 
-@pytest.mark.parametrize("measured", [(), ("NVIDIA A100-SXM4-80GB",), ("NVIDIA H200",), ("NVIDIA A100-SXM4-80GB", "NVIDIA H100 PCIe")])
+@pytest.mark.parametrize("measured", [(), ("NVIDIA A100-SXM4-80GB",), ("NVIDIA H200",),
+                                      ("NVIDIA A100-SXM4-80GB", "NVIDIA H100 PCIe")])
 def test_what_was_not_measured_is_called_an_estimate(measured):
     speed = dict.fromkeys(("generation", "reflow", "l2", "lpips"), 10.0)
     lines = cost.table({device: {"speed": speed} for device in measured}, OPERATIONS)
     for name in rows(lines)[0][4:]:
-        assert (name.endswith(", measured") and name.removesuffix(", measured") in measured) or ", estimate " in name, name
+        assert ((name.endswith(", measured") and name.removesuffix(", measured") in measured)
+                or ", estimate " in name), name
     assert lines[-1] == f"Measured at full size: {', '.join(measured) or 'nothing yet'}."
 
 
 @pytest.mark.slow
 def test_every_stage_is_measured_in_small():
-    line = [sys.executable, ROOT / "benchmarks" / "cost.py", "measure", "--config", "mini", "--batch", "2", "--seconds", "0", "--device", "cpu"]
+    line = [sys.executable, ROOT / "benchmarks" / "cost.py", "measure", "--config", "mini", "--batch", "2",
+            "--seconds", "0", "--device", "cpu"]
     done = subprocess.run(line, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert all(f'"{stage}"' in done.stdout for stage in ("generation", "reflow", "l2", "lpips"))

@@ -182,7 +182,8 @@ def test_bfloat16_latents_keep_an_exact_index(schedule):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 def test_a_velocity_has_its_points_dtype(schedule, dtype):
     z = torch.randn(2, 3).to(dtype)
-    assert diffusion.velocity_from_eps(lambda x, index: x * index[:, None].double(), schedule)(z, torch.tensor([0.2, 0.6])).dtype == dtype
+    assert diffusion.velocity_from_eps(lambda x, index: x * index[:, None].double(), schedule)(
+        z, torch.tensor([0.2, 0.6])).dtype == dtype
 
 
 @pytest.mark.parametrize("t, index", [(0.0, 999), (0.03, 999), (0.99, 0), (1.0, 0)])

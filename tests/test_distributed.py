@@ -28,8 +28,10 @@ from instaflow import InstaFlow
 
 ROOT = Path(__file__).resolve().parent.parent
 PROMPTS = [f"prompt {i}" for i in range(7)]
-MAKE = "--model models/teacher --prompts prompts.txt --steps 2 --guidance 2 --number 36 --shard 20 --batch 3 --device cpu --float32 --out pairs".split()
-REFLOW = "--model models/teacher --pairs pairs --batch 8 --lr 1e-3 --warmup 0 --iterations 20 --ema 0.9 --log-every 1 --save-every 5 --float32 --device cpu".split()
+MAKE = ("--model models/teacher --prompts prompts.txt --steps 2 --guidance 2 --number 36 --shard 20 --batch 3 "
+        "--device cpu --float32 --out pairs").split()
+REFLOW = ("--model models/teacher --pairs pairs --batch 8 --lr 1e-3 --warmup 0 --iterations 20 --ema 0.9 "
+          "--log-every 1 --save-every 5 --float32 --device cpu").split()
 
 
 def same_data(patch):
@@ -65,7 +67,8 @@ def stuck_after(count, patch):
 
 
 def waits_for_a_signal(patch):
-    """At the tenth step, until `signalled` tells that the signal has been sent: it comes neither too early nor too late."""
+    """At the tenth step, until `signalled` tells that the signal has been sent: it comes neither too early nor too
+    late."""
     update, seen = training.update_ema, []
 
     def waiting(*words):
@@ -128,7 +131,8 @@ def launch():
         patch.setenv("OMP_NUM_THREADS", "1")
         patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]))
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["open_clip.transformer", "matplotlib.figure", "train_reflow", "distill", "test_distributed"])
+        context.set_forkserver_preload(["open_clip.transformer", "matplotlib.figure", "train_reflow", "distill",
+                                        "test_distributed"])
 
         def launch(folder, script, words, processes=1, *changes):
             with socket.socket() as free:
@@ -164,7 +168,8 @@ def world(launch, tiny, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def trained(world, launch, tmp_path_factory):
-    """trained(processes, words, *changes) -> (first step's gradients, weights moved by, log, folder) of a reflow, each run once."""
+    """trained(processes, words, *changes) -> (first step's gradients, weights moved by, log, folder) of a reflow,
+    each run once."""
     kept = {}
 
     def run(processes, words=(), *changes):
@@ -173,7 +178,8 @@ def trained(world, launch, tmp_path_factory):
             folder = tmp_path_factory.mktemp("run")
             for name in ("models", "pairs"):
                 os.symlink(world / name, folder / name)
-            wait(launch(folder, "train_reflow.py", [*REFLOW, "--out", "out", *words], processes, dump_gradients, *changes), folder)
+            wait(launch(folder, "train_reflow.py", [*REFLOW, "--out", "out", *words], processes,
+                        dump_gradients, *changes), folder)
             start = InstaFlow.load(world / "models" / "teacher").unet.state_dict()
             last = load_file(folder / "out" / "training" / "step-00000020.safetensors")
             moved = torch.cat([(last[f"model.{k}"] - v).flatten().double() for k, v in start.items()])
@@ -184,14 +190,17 @@ def trained(world, launch, tmp_path_factory):
 
 
 def differences(ours, theirs):
-    """(Largest difference of the first step's gradients over the largest gradient, difference of the ways the weights went over the way)."""
+    """(Largest difference of the first step's gradients over the largest gradient, difference of the ways the weights
+    went over the way)."""
     largest = max(g.abs().max() for g in theirs[0].values())
-    return (max((ours[0][k] - g).abs().max() for k, g in theirs[0].items()) / largest).item(), ((ours[1] - theirs[1]).norm() / theirs[1].norm()).item()
+    return ((max((ours[0][k] - g).abs().max() for k, g in theirs[0].items()) / largest).item(),
+            ((ours[1] - theirs[1]).norm() / theirs[1].norm()).item())
 
 
 # --- any number of processes, and of parts ---
 
-@pytest.mark.parametrize("processes, words", [(2, ()), (4, ()), (1, ("--accumulate", "4")), (2, ("--accumulate", "2", "--checkpoint"))], ids=str)
+@pytest.mark.parametrize("processes, words", [(2, ()), (4, ()), (1, ("--accumulate", "4")),
+                                              (2, ("--accumulate", "2", "--checkpoint"))], ids=str)
 def test_the_same_global_batch_trains_the_same(trained, processes, words):
     gradient, way = differences(trained(processes, words), trained(1))
     assert gradient <= 1e-5
@@ -247,7 +256,8 @@ def test_sigterm_writes_a_checkpoint_and_the_same_line_goes_on_bitwise(trained, 
     output = wait(running, tmp_path, 143)
     step = steps_done(tmp_path)
     assert 7 <= step <= 11
-    assert output.count("SIGTERM at iteration") == 1 and f"SIGTERM at iteration {step}: a checkpoint is written" in output and "Traceback" not in output
+    assert (output.count("SIGTERM at iteration") == 1
+            and f"SIGTERM at iteration {step}: a checkpoint is written" in output and "Traceback" not in output)
     assert training.load_checkpoint(tmp_path / "out" / "training")[0] == step
     wait(launch(tmp_path, "train_reflow.py", words, processes), tmp_path)
     assert_same_end(tmp_path, trained(processes)[3])
@@ -268,7 +278,8 @@ def test_a_killed_process_ends_the_others_with_a_line_and_the_same_line_goes_on_
         process.join()
     output = (tmp_path / "output-0.txt").read_text()
     assert running[0].exitcode == 2, output
-    assert "train_reflow.py: another process of this run has ended; its own message says why" in output and "Traceback" not in output
+    assert ("train_reflow.py: another process of this run has ended; its own message says why" in output
+            and "Traceback" not in output)
     wait(launch(tmp_path, "train_reflow.py", words, 2), tmp_path)
     assert_same_end(tmp_path, trained(2)[3])
 
@@ -279,7 +290,8 @@ def test_a_run_goes_on_with_another_number_of_processes(trained, launch, tmp_pat
     for name in ("models", "pairs"):
         os.symlink(trained(1)[3] / name, tmp_path / name)
     for processes, iterations in ((before, 10), (after, 20)):
-        wait(launch(tmp_path, "train_reflow.py", [*REFLOW, "--out", "out", "--iterations", iterations], processes), tmp_path)
+        wait(launch(tmp_path, "train_reflow.py", [*REFLOW, "--out", "out", "--iterations", iterations], processes),
+             tmp_path)
     lines = [json.loads(line) for line in (tmp_path / "out" / "training" / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(1, 21))
     assert [line["loss"] for line in lines] == pytest.approx([line["loss"] for line in trained(1)[2]], rel=1e-3)
@@ -293,15 +305,18 @@ def test_parts_become_the_shards_that_one_piece_makes(world, launch, tmp_path):
         os.symlink(world / name, tmp_path / name)
     wait(launch(tmp_path, "pairs.py", MAKE), tmp_path)
     whole, parts = (pairs.PairDataset(folder / "pairs") for folder in (tmp_path, world))
-    assert [p.name for p in sorted((world / "pairs").iterdir())] == ["shard-00000.safetensors", "shard-00001.safetensors"]
+    assert [p.name for p in sorted((world / "pairs").iterdir())] == [
+        "shard-00000.safetensors", "shard-00001.safetensors"]
     assert len(whole) == len(parts) == 36 and whole.info == parts.info
     for i in range(36):
-        assert whole[i]["prompt"] == parts[i]["prompt"] == PROMPTS[i % 7] and torch.equal(whole[i]["noise"], parts[i]["noise"])
+        assert (whole[i]["prompt"] == parts[i]["prompt"] == PROMPTS[i % 7]
+                and torch.equal(whole[i]["noise"], parts[i]["noise"]))
         assert (whole[i]["latent"] - parts[i]["latent"]).abs().max() <= whole[i]["latent"].abs().max() * 2 ** -10
 
 
-@pytest.mark.parametrize("before, after, each, left", [(2, 3, 1, ["0-part-00000", "0-part-00001"]), (1, 2, 6, ["0", "1-part-00000"]),
-                                                       (3, 1, 1, ["0-part-00000", "0-part-00001", "0-part-00002"])])
+@pytest.mark.parametrize("before, after, each, left", [
+    (2, 3, 1, ["0-part-00000", "0-part-00001"]), (1, 2, 6, ["0", "1-part-00000"]),
+    (3, 1, 1, ["0-part-00000", "0-part-00001", "0-part-00002"])])
 def test_pairs_go_on_with_another_number_of_processes(world, launch, tmp_path, before, after, each, left):
     for name in ("models", "prompts.txt"):
         os.symlink(world / name, tmp_path / name)
@@ -327,7 +342,8 @@ def test_pairs_go_on_with_another_number_of_processes(world, launch, tmp_path, b
         assert all(times[name] == time for name, time in made().items() if name in times)    # nothing is made twice
         time.sleep(0.01)
     wait(again, tmp_path)
-    assert sorted(made()) == sorted(p.name for p in (tmp_path / "pairs").iterdir()) == ["shard-00000.safetensors", "shard-00001.safetensors"]
+    assert sorted(made()) == sorted(p.name for p in (tmp_path / "pairs").iterdir()) == [
+        "shard-00000.safetensors", "shard-00001.safetensors"]
     for path in (tmp_path / "pairs").iterdir():
         assert path.read_bytes() == (world / "pairs" / path.name).read_bytes()
 
@@ -338,7 +354,8 @@ def test_a_kill_between_a_shard_and_its_parts_end(world, launch, tmp_path):
         os.symlink(world / name, tmp_path / name)
     shutil.copytree(world / "pairs", tmp_path / "pairs")
     for j in range(2):
-        shutil.copy(tmp_path / "pairs" / "shard-00000.safetensors", tmp_path / "pairs" / f"shard-00000-part-{j:05d}.safetensors")
+        shutil.copy(tmp_path / "pairs" / "shard-00000.safetensors",
+                    tmp_path / "pairs" / f"shard-00000-part-{j:05d}.safetensors")
     times = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "pairs").glob("shard-0000?.safetensors")}
     wait(launch(tmp_path, "pairs.py", MAKE, 2, smaller_parts), tmp_path)
     assert {p.name: p.stat().st_mtime_ns for p in (tmp_path / "pairs").iterdir()} == times
@@ -347,8 +364,10 @@ def test_a_kill_between_a_shard_and_its_parts_end(world, launch, tmp_path):
 # --- torchrun itself ---
 
 def torchrun(folder, words, processes, restarts):
-    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "--max-restarts", str(restarts), *map(str, words)]
-    return subprocess.Popen(line, cwd=folder, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, stderr=open(folder / "torchrun.txt", "w"))
+    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes),
+            "--max-restarts", str(restarts), *map(str, words)]
+    return subprocess.Popen(line, cwd=folder, env=os.environ | {"OMP_NUM_THREADS": "1"},
+                            stdout=subprocess.DEVNULL, stderr=open(folder / "torchrun.txt", "w"))
 
 
 def workers(process, script):
@@ -356,7 +375,8 @@ def workers(process, script):
     found = []
     for path in Path("/proc").glob("[0-9]*/stat"):
         try:
-            parent, command = int(path.read_text().rpartition(")")[2].split()[1]), (path.parent / "cmdline").read_bytes()
+            parent = int(path.read_text().rpartition(")")[2].split()[1])
+            command = (path.parent / "cmdline").read_bytes()
         except (OSError, ValueError):
             continue                                       # it has just ended
         if parent == process.pid and script.encode() in command:
@@ -368,7 +388,7 @@ def disturb(folder, words, script, kills, sent, draw):
     """torchrun, whose processes get `sent` signals at random moments, until it ends by itself -> how many came."""
     process, came = torchrun(folder, words, 2, 2 * kills), 0
     while process.poll() is None:
-        begun = steps_done(folder)                         # a life is long enough for some steps, or nothing would ever be done
+        begun = steps_done(folder)  # a life is long enough for some steps, or nothing would ever be done
         while process.poll() is None and steps_done(folder) <= begun:
             time.sleep(0.02)
         time.sleep(draw.uniform(0, 1.5))
@@ -383,7 +403,8 @@ def disturb(folder, words, script, kills, sent, draw):
 
 
 def torchrun_disturbed(world, folder, kills, sent, *words):
-    """A reflow under torchrun, undisturbed and disturbed -> how many signals came, and what torchrun and its processes said."""
+    """A reflow under torchrun, undisturbed and disturbed -> how many signals came, and what torchrun and its
+    processes said."""
     seed = random.SystemRandom().randrange(10 ** 6)
     print("moments are drawn from seed", seed)
     for name in ("undisturbed", "disturbed"):
@@ -393,7 +414,8 @@ def torchrun_disturbed(world, folder, kills, sent, *words):
     words = [ROOT / "train_reflow.py", *REFLOW, "--out", "out", *words]
     disturb(folder / "undisturbed", words, "train_reflow.py", 0, sent, random.Random(seed))
     came = disturb(folder / "disturbed", words, "train_reflow.py", kills, sent, random.Random(seed))
-    ours, theirs = (load_file(checkpoint.checkpoints(folder / name / "out" / "training")[-1]) for name in ("disturbed", "undisturbed"))
+    ours, theirs = (load_file(checkpoint.checkpoints(folder / name / "out" / "training")[-1])
+                    for name in ("disturbed", "undisturbed"))
     assert ours.keys() == theirs.keys() and all(torch.equal(v, theirs[k]) for k, v in ours.items())
     assert not list((folder / "disturbed" / "out").rglob("*.tmp"))
     return came, (folder / "disturbed" / "torchrun.txt").read_text()
@@ -402,7 +424,8 @@ def torchrun_disturbed(world, folder, kills, sent, *words):
 @pytest.mark.slow
 @pytest.mark.parametrize("sent, kills", [(signal.SIGKILL, 20), (signal.SIGTERM, 5)], ids=["SIGKILL", "SIGTERM"])
 def test_torchrun_killed_at_random_moments_ends_as_if_it_had_not_been(world, tmp_path, sent, kills):
-    came, said = torchrun_disturbed(world, tmp_path, kills, sent, "--iterations", "500", "--save-every", "10", "--log-every", "5")
+    came, said = torchrun_disturbed(world, tmp_path, kills, sent,
+                                    "--iterations", "500", "--save-every", "10", "--log-every", "5")
     assert came == kills
 
 
@@ -427,7 +450,8 @@ def test_a_kill_in_the_middle_of_a_checkpoints_write(trained, launch, tmp_path):
     words = [*REFLOW, "--out", "out"]
     wait(launch(tmp_path, "train_reflow.py", words, 1, killed_while_it_writes), tmp_path, -signal.SIGKILL)
     names = sorted(p.name for p in (tmp_path / "out" / "training").glob("step-*"))
-    assert names[0] == "step-00000005.safetensors" and names[1].startswith("step-00000010.safetensors.") and names[1].endswith(".tmp")
+    assert (names[0] == "step-00000005.safetensors" and names[1].startswith("step-00000010.safetensors.")
+            and names[1].endswith(".tmp"))
     wait(launch(tmp_path, "train_reflow.py", words, 1, killed_while_it_writes), tmp_path)
     assert_same_end(tmp_path, trained(1)[3])
     assert not list((tmp_path / "out").rglob("*.tmp"))
@@ -444,8 +468,10 @@ def test_torchrun_restarts_a_run_of_which_one_process_was_killed(world, tmp_path
 def test_a_bad_gradient_in_one_process_skips_the_step_in_all(world, launch, trained, tmp_path):
     _, _, lines, folder = trained(2, (), one_bad_gradient)
     undisturbed = trained(2)[2]
-    assert [line["step"] for line in lines if "skipped" in line] == [7] and lines[6]["skipped"] == 1 and "gradient" not in lines[6]
-    assert [line["loss"] for line in lines[:7]] == [line["loss"] for line in undisturbed[:7]]       # the loss itself was sound
+    assert ([line["step"] for line in lines if "skipped" in line] == [7]
+            and lines[6]["skipped"] == 1 and "gradient" not in lines[6])
+    # the loss itself was sound
+    assert [line["loss"] for line in lines[:7]] == [line["loss"] for line in undisturbed[:7]]
     assert lines[7]["loss"] != undisturbed[7]["loss"] and all(np.isfinite(line["loss"]) for line in lines)
     last = load_file(folder / "out" / "training" / "step-00000020.safetensors")
     assert all(v.isfinite().all() for v in last.values())
@@ -455,8 +481,13 @@ def test_a_bad_gradient_in_one_process_skips_the_step_in_all(world, launch, trai
 def test_too_many_bad_gradients_stop_the_run_with_a_line(world, launch, tmp_path):
     for name in ("models", "pairs"):
         os.symlink(world / name, tmp_path / name)
-    output = wait(launch(tmp_path, "train_reflow.py", [*REFLOW, "--iterations", "60", "--save-every", "3", "--out", "out"], 1, bad_gradients), tmp_path, 2)
-    assert output.count("train_reflow.py: 21 of the last 24 steps had a gradient that was not finite or larger than --explode") == 1 and "Traceback" not in output
-    start, (step, tensors, _) = InstaFlow.load(world / "models" / "teacher").unet.state_dict(), training.load_checkpoint(tmp_path / "out" / "training")
-    assert step == 3 and all(v.isfinite().all() for v in tensors.values()) and tensors["optimizer.conv_in.weight.step"] == 3
+    output = wait(launch(tmp_path, "train_reflow.py",
+                         [*REFLOW, "--iterations", "60", "--save-every", "3", "--out", "out"], 1, bad_gradients),
+                  tmp_path, 2)
+    assert (output.count("train_reflow.py: 21 of the last 24 steps had a gradient that was not finite "
+                         "or larger than --explode") == 1 and "Traceback" not in output)
+    start = InstaFlow.load(world / "models" / "teacher").unet.state_dict()
+    step, tensors, _ = training.load_checkpoint(tmp_path / "out" / "training")
+    assert (step == 3 and all(v.isfinite().all() for v in tensors.values())
+            and tensors["optimizer.conv_in.weight.step"] == 3)
     assert any(not torch.equal(tensors[f"model.{k}"], v) for k, v in start.items())

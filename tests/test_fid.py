@@ -33,7 +33,8 @@ def spd(rng, d):
 
 
 def test_statistics_are_numpys():
-    features = np.random.default_rng(0).standard_normal((50, 7)).astype(np.float32) + 1000     # float32 sums would be off here
+    # float32 sums would be off here
+    features = np.random.default_rng(0).standard_normal((50, 7)).astype(np.float32) + 1000
     mu, sigma = fid.statistics(features)
     assert mu.dtype == sigma.dtype == np.float64
     centred = features.astype(np.float64) - features.astype(np.float64).mean(0)
@@ -54,7 +55,8 @@ def test_commuting_covariances():
     q = np.linalg.qr(rng.standard_normal((12, 12)))[0]
     p, r = rng.uniform(0, 3, 12), rng.uniform(0, 3, 12)
     zero = np.zeros(12)
-    assert fid.frechet_distance(zero, q * p @ q.T, zero, q * r @ q.T) == pytest.approx(((p ** .5 - r ** .5) ** 2).sum(), rel=1e-9)
+    assert fid.frechet_distance(zero, q * p @ q.T, zero, q * r @ q.T) == pytest.approx(
+        ((p ** .5 - r ** .5) ** 2).sum(), rel=1e-9)
 
 
 def test_rank_deficient():
@@ -101,7 +103,8 @@ def test_against_scipys_matrix_root():
 @pytest.mark.slow
 def test_faster_than_scipys_matrix_root():
     rng, d = np.random.default_rng(7), 2048
-    s1, s2, zero = np.cov(rng.standard_normal((3 * d, d)) * np.linspace(.1, 2, d), rowvar=False), np.cov(rng.standard_normal((3 * d, d)), rowvar=False), np.zeros(d)
+    s1 = np.cov(rng.standard_normal((3 * d, d)) * np.linspace(.1, 2, d), rowvar=False)
+    s2, zero = np.cov(rng.standard_normal((3 * d, d)), rowvar=False), np.zeros(d)
     started = time.perf_counter()
     ours, between = fid.frechet_distance(zero, s1, zero, s2), time.perf_counter()
     theirs, end = np.trace(s1 + s2 - 2 * scipy.linalg.sqrtm(s1 @ s2).real), time.perf_counter()
@@ -120,18 +123,21 @@ def test_streaming_equals_the_batch():
         running.add(torch.from_numpy(part))
     (mu, sigma), (whole_mu, whole_sigma) = running.statistics(), fid.statistics(features)
     assert mu.dtype == sigma.dtype == np.float64
-    assert np.abs(mu - whole_mu).max() <= 1e-9 * np.abs(whole_mu).max() and np.abs(sigma - whole_sigma).max() <= 1e-9 * np.abs(whole_sigma).max()
+    assert (np.abs(mu - whole_mu).max() <= 1e-9 * np.abs(whole_mu).max()
+            and np.abs(sigma - whole_sigma).max() <= 1e-9 * np.abs(whole_sigma).max())
 
 
 def settings(**changed):
-    return Namespace(**{"batch": 10, "workers": 2, "size": None, "features": "inception", "pictures": None, "reference": None} | changed)
+    return Namespace(**{"batch": 10, "workers": 2, "size": None, "features": "inception", "pictures": None,
+                        "reference": None} | changed)
 
 
 ALONE = training.World(0, 1, torch.device("cpu"))
 
 
 def test_memory_does_not_grow_with_the_number_of_pictures(tmp_path):
-    """A stub for the network; without a stream 400 pictures of 12 KiB would be 4.7 MiB, and 360 more than 40 so much more."""
+    """A stub for the network; without a stream 400 pictures of 12 KiB would be 4.7 MiB, and 360 more than 40 so much
+    more."""
     paint(tmp_path / "many", 400, size=(64, 64))
     (tmp_path / "few").mkdir()
     for i in range(40):
@@ -176,10 +182,13 @@ def test_the_files_written_hold_pytorch_fids_numbers(sets, theirs, their_incepti
     from pytorch_fid.fid_score import calculate_frechet_distance, compute_statistics_of_path
     ours = []
     for folder, (mu, sigma) in zip(sets, theirs):
-        status, out, err = command("fid.py", folder, "--save", tmp_path / f"{folder.name}.npz", "--inception", their_inception[0], "--device", "cpu", "--batch", 7)
+        status, out, err = command("fid.py", folder, "--save", tmp_path / f"{folder.name}.npz",
+                                   "--inception", their_inception[0], "--device", "cpu", "--batch", 7)
         assert status == 0 and "20 pictures" in out and "fewer than 2,048" in err
-        ours.append(compute_statistics_of_path(str(tmp_path / f"{folder.name}.npz"), None, 8, 2048, "cpu"))          # as pytorch-fid reads a file
-        assert np.abs(ours[-1][0] - mu).max() <= 1e-5 * np.abs(mu).max() and np.abs(ours[-1][1] - sigma).max() <= 1e-4 * np.abs(sigma).max()
+        # as pytorch-fid reads a file
+        ours.append(compute_statistics_of_path(str(tmp_path / f"{folder.name}.npz"), None, 8, 2048, "cpu"))
+        assert (np.abs(ours[-1][0] - mu).max() <= 1e-5 * np.abs(mu).max()
+                and np.abs(ours[-1][1] - sigma).max() <= 1e-4 * np.abs(sigma).max())
     # FID on few enough features that 20 pictures give them full rank
     few = [[x for mu, sigma in pair for x in (mu[::256], sigma[::256, ::256])] for pair in (ours, theirs)]
     wanted = calculate_frechet_distance(*few[1])
@@ -188,7 +197,8 @@ def test_the_files_written_hold_pytorch_fids_numbers(sets, theirs, their_incepti
     np.savez_compressed(tmp_path / "theirs.npz", mu=theirs[1][0], sigma=theirs[1][1])
     line = ["--inception", their_inception[0], "--device", "cpu"]
     whole = fid.frechet_distance(*theirs[0], *theirs[1])
-    assert value(command("fid.py", tmp_path / "a.npz", tmp_path / "theirs.npz", *line)) == pytest.approx(whole, rel=1e-3)
+    assert value(command("fid.py", tmp_path / "a.npz", tmp_path / "theirs.npz", *line)) == pytest.approx(
+        whole, rel=1e-3)
     assert value(command("fid.py", sets[1], tmp_path / "theirs.npz", *line)) < 1e-4 * whole
 
 
@@ -223,7 +233,8 @@ def test_as_fast_as_pytorch_fid(their_inception, tmp_path):
 
 def test_pictures_of_different_sizes_are_each_resized_alone(their_inception, tmp_path):
     embed, width = fid.features(settings(inception=their_inception[0]), "cpu")
-    pictures = [np.random.default_rng(i).integers(0, 256, (h, w, 3), np.uint8) for i, (h, w) in enumerate([(40, 60), (60, 40)])]
+    pictures = [np.random.default_rng(i).integers(0, 256, (h, w, 3), np.uint8)
+                for i, (h, w) in enumerate([(40, 60), (60, 40)])]
     alone = torch.cat([embed([p]) for p in pictures])
     assert width == 2048 and (embed(pictures) - alone).abs().max() <= 1e-5 * alone.abs().max()
 
@@ -249,7 +260,8 @@ def line(world):
 @pytest.fixture
 def draw(world, line, tiny, tmp_path, command, plain_convolutions):
     """fid.py with a model, keeping pictures in `drawn`; later flags win."""
-    return lambda *words: command("fid.py", "--model", tiny / "flow", "--captions", world / "captions.txt", "--size", 64, *line, "--float32", "--out", tmp_path / "drawn", world / "real", *words)
+    return lambda *words: command("fid.py", "--model", tiny / "flow", "--captions", world / "captions.txt",
+                                  "--size", 64, *line, "--float32", "--out", tmp_path / "drawn", world / "real", *words)
 
 
 @pytest.mark.parametrize("part", ["unet", "vae"])
@@ -258,7 +270,8 @@ def test_pictures_of_damaged_weights_are_not_measured(draw, tiny, tmp_path, part
     from instaflow import InstaFlow
     model = InstaFlow.load(tiny / "flow")
     with torch.no_grad():
-        getattr(model, part).get_submodule("conv_in" if part == "unet" else "decoder.conv_in").weight[0, 0, 0, 0] = float("nan")
+        getattr(model, part).get_submodule(
+            "conv_in" if part == "unet" else "decoder.conv_in").weight[0, 0, 0, 0] = float("nan")
     model.save(tmp_path / "damaged", self_contained=True)
     status, out, err = draw("--model", tmp_path / "damaged")
     assert status == 2 and "came out as no numbers" in err and "Traceback" not in err and "FID" not in out
@@ -274,8 +287,12 @@ def test_a_model_its_folder_and_its_file_give_one_figure(draw, world, line, comm
     images = InstaFlow.load(tiny / "flow").generate([f"picture number {i}" for i in range(4, 8)], first=4)
     for i, image in enumerate(images):
         assert np.array_equal(Image.open(tmp_path / "drawn" / f"{i + 4:06d}.png"), image)
-    judge, grown = Judge.load(world / "judge"), [Image.open(tmp_path / "drawn" / f"{i:06d}.png").resize((64, 64), Image.Resampling.LANCZOS) for i in range(12)]
-    by_hand = fid.frechet_distance(*(x for images in (grown, [Image.open(p) for p in (world / "real").iterdir()]) for x in fid.statistics(judge.embed(images).numpy())))
+    judge = Judge.load(world / "judge")
+    grown = [Image.open(tmp_path / "drawn" / f"{i:06d}.png").resize((64, 64), Image.Resampling.LANCZOS)
+             for i in range(12)]
+    by_hand = fid.frechet_distance(*(
+        x for images in (grown, [Image.open(p) for p in (world / "real").iterdir()])
+        for x in fid.statistics(judge.embed(images).numpy())))
     assert wanted == pytest.approx(by_hand, rel=1e-5, abs=1e-4) and wanted > 0.01
     assert value(command("fid.py", tmp_path / "drawn", world / "real", "--size", 64, *line)) == wanted
     assert value(command("fid.py", tmp_path / "drawn.npz", world / "real", *line)) == wanted
@@ -292,13 +309,15 @@ def test_a_cut_generation_goes_on(draw, tmp_path):
     (tmp_path / "drawn" / "000006.png.77.tmp").write_bytes(b"what a kill left")
     assert draw()[:2] == whole[:2]
     for path, (data, written) in drawn.items():
-        assert path.read_bytes() == data and (path.stem > "000003" or path.stat().st_mtime_ns == written)        # the whole batch was left alone
+        # the whole batch was left alone
+        assert path.read_bytes() == data and (path.stem > "000003" or path.stat().st_mtime_ns == written)
     assert not list((tmp_path / "drawn").glob("*.tmp"))
 
 
 def test_pictures_made_otherwise_are_refused(draw, tmp_path, world):
     assert draw()[0] == 0
-    for flag, new, named in (("--steps", 2, "steps"), ("--guidance", 2, "guidance"), ("--seed", 1, "seed"), ("--number", 10, "captions, number")):
+    for flag, new, named in (("--steps", 2, "steps"), ("--guidance", 2, "guidance"), ("--seed", 1, "seed"),
+                             ("--number", 10, "captions, number")):
         status, out, err = draw(flag, new)
         assert status == 2 and f"holds pictures made otherwise ({named} differ)" in err and "Traceback" not in err
     paint(tmp_path / "others", 2)
@@ -307,10 +326,13 @@ def test_pictures_made_otherwise_are_refused(draw, tmp_path, world):
 
 
 def test_three_processes_print_what_one_prints(world, line, tiny, tmp_path):
-    words = ["--model", tiny / "flow", "--captions", world / "captions.txt", "--size", 64, *line, "--float32", world / "real"]
+    words = ["--model", tiny / "flow", "--captions", world / "captions.txt", "--size", 64, *line, "--float32",
+             world / "real"]
     printed = []
-    for name, start in (("one", []), ("three", ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3"])):
-        done = subprocess.run([str(word) for word in (sys.executable, *start, ROOT / "fid.py", *words, "--save", tmp_path / f"{name}.npz", "--out", tmp_path / name)],
+    for name, start in (("one", []),
+                        ("three", ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3"])):
+        done = subprocess.run([str(word) for word in (sys.executable, *start, ROOT / "fid.py", *words,
+                                                      "--save", tmp_path / f"{name}.npz", "--out", tmp_path / name)],
                               env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         assert done.stderr.count("fewer than 2,048") == 2
@@ -358,7 +380,8 @@ def coco(tmp_path):
         paint(tmp_path / "painted", 1, seed=50 + i, size=(96, 70 + 5 * i))
         (tmp_path / "val").mkdir(exist_ok=True)
         Image.open(tmp_path / "painted" / "0.png").save(tmp_path / "val" / f"{i:012d}.jpg")
-    notes = {"images": [{"id": i, "file_name": f"{i:012d}.jpg"} for i in range(12)], "annotations": [{"image_id": i, "caption": f"caption {i}"} for i in range(12)]}
+    notes = {"images": [{"id": i, "file_name": f"{i:012d}.jpg"} for i in range(12)],
+             "annotations": [{"image_id": i, "caption": f"caption {i}"} for i in range(12)]}
     (tmp_path / "captions_val.json").write_text(json.dumps(notes))
     return tmp_path
 
@@ -376,13 +399,16 @@ def test_protocols(coco, protocol, number, side, line, command):
 
 
 def test_a_protocol_with_too_few_pictures_warns(coco, world, line, tiny, command, plain_convolutions):
-    words = ["--model", tiny / "flow", "--captions", coco / "captions_val.json", "--protocol", "coco2017-5k", *line, "--size", 64, coco / "val"]
+    words = ["--model", tiny / "flow", "--captions", coco / "captions_val.json", "--protocol", "coco2017-5k",
+             *line, "--size", 64, coco / "val"]
     status, out, err = command("fid.py", *words)
-    assert status == 0 and "--protocol coco2017-5k is of 5,000 pictures, and these are 12" in err and "draws 16 px, and its pictures are enlarged to 64" in err
+    assert (status == 0 and "--protocol coco2017-5k is of 5,000 pictures, and these are 12" in err
+            and "draws 16 px, and its pictures are enlarged to 64" in err)
     assert "12 of" in out and "against 14 of" in out and "at 64 px, coco2017-5k)" in out and "is a JPEG" not in err
     status, out, err = command("fid.py", *words, "--matched")
     assert "against 12 of" in out and "matched" in out
-    assert "does not name its pictures" in command("fid.py", *words, "--matched", "--captions", world / "captions.txt")[2]
+    assert "does not name its pictures" in command(
+        "fid.py", *words, "--matched", "--captions", world / "captions.txt")[2]
     (coco / "val" / f"{3:012d}.jpg").unlink()
     assert "lacks the picture 000000000003 (1 in all)" in command("fid.py", *words, "--matched")[2]
 
@@ -398,18 +424,30 @@ def test_mistakes_in_the_command_line(world, line, command, tmp_path, tiny):
     np.savez(tmp_path / "keys.npz", mean=np.zeros(24))
     np.savez(tmp_path / "pickle.npz", mu=np.array([{}], dtype=object), sigma=np.eye(1))
     (tmp_path / "cut.npz").write_bytes((tmp_path / "wide.npz").read_bytes()[:300])
-    for words, named in [((), "nothing to compare"), ((real,), "nothing to compare"), ((real, real, real), "two sets are compared"), ((real, tmp_path / "none"), "none: no such folder"),
-                         ((real, tmp_path / "none.npz"), "none.npz: no such statistics file"), ((real, tmp_path / "wide.npz"), "statistics of 7 features, and the other set has 24"),
-                         ((tmp_path / "wide.npz", real), "wide.npz holds statistics of 7"), ((real, tmp_path / "odd.npz"), "odd.npz holds mu [24] and sigma [7, 7]"),
-                         ((real, tmp_path / "keys.npz"), "keys.npz is no whole statistics file"), ((real, tmp_path / "pickle.npz"), "pickle.npz is no whole"), ((real, tmp_path / "cut.npz"), "cut.npz is no whole"),
-                         ((real, tmp_path / "wide"), "one is 48 x 40; give --size 64"), ((real, tmp_path / "one"), "1 picture has no covariance"), ((real, real, "--frobnicate"), "--frobnicate"),
-                         (("--model", tiny / "flow", real), "need --captions"), ((real, real, "--out", tmp_path / "x"), "give --model"), ((real, "--save", tmp_path / "x.txt"), "name a .npz file"),
-                         (("--model", tiny / "flow", "--captions", world / "captions.txt", "--number", 13, real), "holds 12 captions, and --number asks for 13"),
-                         (("--model", tmp_path / "none", "--captions", world / "captions.txt", real), "no such model folder"), ((real, real, "--judge", tmp_path), "holds no judge")]:
+    for words, named in [
+            ((), "nothing to compare"), ((real,), "nothing to compare"),
+            ((real, real, real), "two sets are compared"), ((real, tmp_path / "none"), "none: no such folder"),
+            ((real, tmp_path / "none.npz"), "none.npz: no such statistics file"),
+            ((real, tmp_path / "wide.npz"), "statistics of 7 features, and the other set has 24"),
+            ((tmp_path / "wide.npz", real), "wide.npz holds statistics of 7"),
+            ((real, tmp_path / "odd.npz"), "odd.npz holds mu [24] and sigma [7, 7]"),
+            ((real, tmp_path / "keys.npz"), "keys.npz is no whole statistics file"),
+            ((real, tmp_path / "pickle.npz"), "pickle.npz is no whole"),
+            ((real, tmp_path / "cut.npz"), "cut.npz is no whole"),
+            ((real, tmp_path / "wide"), "one is 48 x 40; give --size 64"),
+            ((real, tmp_path / "one"), "1 picture has no covariance"), ((real, real, "--frobnicate"), "--frobnicate"),
+            (("--model", tiny / "flow", real), "need --captions"),
+            ((real, real, "--out", tmp_path / "x"), "give --model"),
+            ((real, "--save", tmp_path / "x.txt"), "name a .npz file"),
+            (("--model", tiny / "flow", "--captions", world / "captions.txt", "--number", 13, real),
+             "holds 12 captions, and --number asks for 13"),
+            (("--model", tmp_path / "none", "--captions", world / "captions.txt", real), "no such model folder"),
+            ((real, real, "--judge", tmp_path), "holds no judge")]:
         status, out, err = command("fid.py", *line, *words)
         last = err[err.rindex("fid.py: "):] if "fid.py: " in err else err
         assert one_line((status, out, last), named) and out == "" and "Traceback" not in err
-    assert one_line(command("fid.py", real, real, "--device", "cpu"), "--inception pt_inception-2015-12-05-6726825d.pth: no such file", "https://")
+    assert one_line(command("fid.py", real, real, "--device", "cpu"),
+                    "--inception pt_inception-2015-12-05-6726825d.pth: no such file", "https://")
 
 
 def test_odd_files_in_a_folder_are_named(world, line, command, tmp_path):
@@ -420,8 +458,10 @@ def test_odd_files_in_a_folder_are_named(world, line, command, tmp_path):
     Image.new("L", Image.open(world / "real" / "0.png").size).save(tmp_path / "mine" / "14.png")
     status, out, err = command("fid.py", tmp_path / "mine", world / "real", *line)
     assert status == 0 and "14 of" in out
-    for word in ("no pictures: notes.txt\n", "11.jpg is a JPEG", "12.png (and maybe more) has an alpha channel", "14.png (and maybe more) is all black"):
+    for word in ("no pictures: notes.txt\n", "11.jpg is a JPEG", "12.png (and maybe more) has an alpha channel",
+                 "14.png (and maybe more) is all black"):
         assert word in err
     (tmp_path / "mine" / "13.png").write_bytes((world / "real" / "0.png").read_bytes()[:200])
     status, out, err = command("fid.py", tmp_path / "mine", world / "real", *line)
-    assert status == 2 and f"fid.py: {tmp_path / 'mine' / '13.png'} is no whole picture" in err and "Traceback" not in err
+    assert (status == 2 and f"fid.py: {tmp_path / 'mine' / '13.png'} is no whole picture" in err
+            and "Traceback" not in err)

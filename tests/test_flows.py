@@ -101,7 +101,8 @@ def early_cdf(t, a=6.0):
 
 
 def test_pseudo_huber_in_closed_form():
-    """At ||e|| = sqrt(3) c it is (2c - c) / d = 0.00054, whatever d; far out it is ||e|| / d - 0.00054; near 0, ||e||^2 / (2 c d)."""
+    """At ||e|| = sqrt(3) c it is (2c - c) / d = 0.00054, whatever d; far out it is ||e|| / d - 0.00054; near 0,
+    ||e||^2 / (2 c d)."""
     for shape in ((4, 8, 8), (4, 64, 64)):
         d = int(np.prod(shape))
         c, direction = 0.00054 * d, torch.randn(1, d, dtype=torch.float64)
@@ -123,7 +124,8 @@ def test_pseudo_huber_is_the_flow_loss_of_the_same_errors():
     assert not torch.allclose(losses, flows.flow_loss(velocity, x0, x1, t, "none"))
 
 
-@pytest.mark.parametrize("density, cdf", [("uniform", stats.uniform.cdf), ("u-shaped", u_shaped_cdf), ("early", early_cdf)])
+@pytest.mark.parametrize("density, cdf", [("uniform", stats.uniform.cdf), ("u-shaped", u_shaped_cdf),
+                                          ("early", early_cdf)])
 def test_sample_time_has_its_density(density, cdf):
     n = 1_000_000  # tells a = 4 from 3.9
     t = flows.sample_time(n, density, generator=np.random.default_rng(1))

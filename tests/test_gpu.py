@@ -1,6 +1,8 @@
-"""What a GPU would refuse or wait for, found without one: fake tensors (shapes, dtypes and devices, no numbers) on a device "cuda".
+"""What a GPU would refuse or wait for, found without one: fake tensors (shapes, dtypes and devices, no numbers) on a
+device "cuda".
 
-Two devices in one operation is an error there, and so is every look at a number, which on a GPU waits for all that came before."""
+Two devices in one operation is an error there, and so is every look at a number, which on a GPU waits for all that
+came before."""
 import dataclasses
 
 import pytest
@@ -26,7 +28,7 @@ SCALES = Schedule.stable_diffusion().scales()
 
 @pytest.fixture
 def fake(monkeypatch):
-    monkeypatch.setattr(Schedule, "scales", lambda self: SCALES)             # numbers on the CPU, which a sampler may look at
+    monkeypatch.setattr(Schedule, "scales", lambda self: SCALES)  # numbers on the CPU, which a sampler may look at
     monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *args: True)
     monkeypatch.setattr(torch.Tensor, "backward", lambda self: None)         # autograd asks the GPU itself
@@ -39,7 +41,8 @@ def model(prediction, dtype=torch.float32, **info):
     torch.set_default_dtype(dtype)
     try:
         with torch.device("cuda"):
-            modules = [kind(config).eval().requires_grad_(False) for kind, config in zip((UNet, VAE, TextTower), CONFIGS["mini"])]
+            modules = [kind(config).eval().requires_grad_(False)
+                       for kind, config in zip((UNet, VAE, TextTower), CONFIGS["mini"])]
     finally:
         torch.set_default_dtype(torch.float32)
     return InstaFlow(*modules, {"prediction": prediction, **info})
@@ -53,7 +56,8 @@ def test_two_devices_and_a_look_at_a_number_are_errors_here(fake):
         float(x.sum())
 
 
-@pytest.mark.parametrize("prediction, dtype", [("velocity", torch.float32), ("velocity", torch.float16), ("epsilon", torch.bfloat16)])
+@pytest.mark.parametrize("prediction, dtype", [("velocity", torch.float32), ("velocity", torch.float16),
+                                               ("epsilon", torch.bfloat16)])
 def test_sampling_stays_on_the_gpu_and_never_waits(fake, prediction, dtype):
     flow = model(prediction, dtype)
     for sampler in ("euler", "heun") + ("ddim", "dpm") * (prediction == "epsilon"):
@@ -97,7 +101,8 @@ class Pairs:
         return 64
 
     def batch(self, indices):
-        return torch.zeros(len(indices), 4, 16, 16), torch.zeros(len(indices), 4, 16, 16), ["a red circle"] * len(indices)
+        return (torch.zeros(len(indices), 4, 16, 16), torch.zeros(len(indices), 4, 16, 16),
+                ["a red circle"] * len(indices))
 
 
 class Log:
@@ -109,12 +114,16 @@ class Log:
         self.losses.append(losses)
 
 
-@pytest.mark.parametrize("script, words", [(script, [*words, *exact]) for exact in ([], ["--exact"]) for script, words in [
-    (train_reflow, []), (train_reflow, ["--density", "u-shaped", "--huber", "--accumulate", "2"]), (train_reflow, ["--checkpoint", "--float32"]),
-    (distill, []), (distill, ["--steps", "4", "--accumulate", "2", "--loss", "huber"]), (distill, ["--checkpoint", "--float32"]),
-    (distill, ["--loss", "lpips", "--vgg", "file", "--l2", "0.05"]), (distill, ["--loss", "lpips", "--vgg", "file", "--lpips-size", "0"])]] + [(distill, ["--stacked"])], ids=str)
+@pytest.mark.parametrize("script, words", [
+    (script, [*words, *exact]) for exact in ([], ["--exact"]) for script, words in [
+        (train_reflow, []), (train_reflow, ["--density", "u-shaped", "--huber", "--accumulate", "2"]),
+        (train_reflow, ["--checkpoint", "--float32"]),
+        (distill, []), (distill, ["--steps", "4", "--accumulate", "2", "--loss", "huber"]),
+        (distill, ["--checkpoint", "--float32"]), (distill, ["--loss", "lpips", "--vgg", "file", "--l2", "0.05"]),
+        (distill, ["--loss", "lpips", "--vgg", "file", "--lpips-size", "0"])]] + [(distill, ["--stacked"])], ids=str)
 def test_a_training_step_stays_on_the_gpu_and_never_waits(fake, monkeypatch, command, tmp_path, script, words):
-    """The loops themselves, from the batch to the loss. What looks at numbers by purpose (the gradient's norm, log, checkpoints) is left out."""
+    """The loops themselves, from the batch to the loss. What looks at numbers by purpose (the gradient's norm, log,
+    checkpoints) is left out."""
     flow, log, seen = model("epsilon"), Log(), []
     flow.unet.conv_out.register_forward_hook(lambda layer, args, output: seen.append(output.dtype))
 
@@ -152,6 +161,7 @@ def test_a_training_step_stays_on_the_gpu_and_never_waits(fake, monkeypatch, com
     monkeypatch.setattr(training, "steps", steps)
     monkeypatch.setattr(training, "optimiser_step", lambda *args: 1.0)
     monkeypatch.setattr(training, "made", lambda *args: {})
-    assert command(f"{script.__name__}.py", "--model", "teacher", "--pairs", "pairs", "--out", tmp_path / "out", "--batch", 8, *words)[0] == 0
+    assert command(f"{script.__name__}.py", "--model", "teacher", "--pairs", "pairs", "--out", tmp_path / "out",
+                   "--batch", 8, *words)[0] == 0
     assert "--stacked" in words or set(seen) == {torch.float32 if "--float32" in words else torch.bfloat16}
     assert len(log.losses) == 2 and all(losses.device.type == "cuda" and losses.shape == (8,) for losses in log.losses)

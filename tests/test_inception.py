@@ -37,7 +37,8 @@ def test_memory_order_and_299_px_change_nothing(ours):
     assert torch.equal(images, before)
 
 
-@pytest.mark.parametrize("images", [torch.zeros(1, 3, 64, 64, dtype=torch.uint8), torch.rand(3, 64, 64), torch.rand(1, 1, 64, 64)])
+@pytest.mark.parametrize("images", [torch.zeros(1, 3, 64, 64, dtype=torch.uint8), torch.rand(3, 64, 64),
+                                    torch.rand(1, 1, 64, 64)])
 def test_other_kinds_of_images_are_refused(ours, images):
     with pytest.raises(ValueError, match=r"\[B, 3, H, W\] in \[0, 1\]"):
         ours(images)
@@ -52,15 +53,18 @@ def change(name, value):
 
 @pytest.mark.parametrize("edit, named", [
     (change("Mixed_7c.branch_pool.bn.running_var", None), "Mixed_7c.branch_pool.bn.running_var is missing"),
-    (change("Mixed_6b.branch7x7_2.conv.weight", torch.zeros(128, 128, 7, 1)), "Mixed_6b.branch7x7_2.conv.weight"),          # the kernel turned
+    # the kernel turned
+    (change("Mixed_6b.branch7x7_2.conv.weight", torch.zeros(128, 128, 7, 1)), "Mixed_6b.branch7x7_2.conv.weight"),
     (change("AuxLogits.fc.bias", torch.zeros(5)), "unknown tensor AuxLogits.fc.bias"),
-    (change("fc.weight", torch.zeros(1000, 2048)), "1000 classes"),                                                         # torchvision's own weights
+    # torchvision's own weights
+    (change("fc.weight", torch.zeros(1000, 2048)), "1000 classes"),
 ])
 def test_weights_of_another_network_are_named(their_inception, tmp_path, edit, named):
     torch.save(edit(torch.load(their_inception[0], weights_only=True)), tmp_path / "other.pth")
     with pytest.raises(UserError) as error:
         Inception(tmp_path / "other.pth")
-    assert named in str(error.value) and str(tmp_path / "other.pth") in str(error.value) and "fetch https://" in str(error.value)
+    assert (named in str(error.value) and str(tmp_path / "other.pth") in str(error.value)
+            and "fetch https://" in str(error.value))
 
 
 class Evil:

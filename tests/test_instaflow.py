@@ -46,8 +46,10 @@ def test_noise_is_named_by_stream_seed_and_index(flow):
     batch = flow.noise(7, 3, 4)
     assert batch.shape == (4, 4, 8, 8) and batch.dtype == torch.float32
     for i in range(4):
-        assert np.array_equal(batch[i], np.random.default_rng([0, 7, 3 + i]).standard_normal((4, 8, 8), dtype=np.float32))
-    assert np.array_equal(flow.noise(7, 3, 1, stream=1)[0], np.random.default_rng([1, 7, 3]).standard_normal((4, 8, 8), dtype=np.float32))
+        assert np.array_equal(batch[i],
+                              np.random.default_rng([0, 7, 3 + i]).standard_normal((4, 8, 8), dtype=np.float32))
+    assert np.array_equal(flow.noise(7, 3, 1, stream=1)[0],
+                          np.random.default_rng([1, 7, 3]).standard_normal((4, 8, 8), dtype=np.float32))
     assert flow.noise(0, 0, 2, height=12, width=20).shape == (2, 4, 6, 10)
 
 
@@ -83,10 +85,11 @@ def test_the_same_prompts_are_read_once_and_again_where_the_tower_has_changed(ti
     assert len(calls) == 2 and not torch.equal(other, first[0])
     assert torch.equal(flow.latents(["a red circle", "a ring"], steps=1, seed=0), first[0])
     with torch.no_grad():
-        flow.text.tower.positional_embedding.mul_(3)                         # as merging a LoRA or a training's step does
+        flow.text.tower.positional_embedding.mul_(3)  # as merging a LoRA or a training's step does
     changed = flow.latents(["a red circle", "a ring"], steps=1, seed=0)
     assert len(calls) == 4 and not torch.equal(changed, first[0])
-    assert torch.equal(InstaFlow(flow.unet, flow.vae, flow.text, flow.info).latents(["a red circle", "a ring"], steps=1, seed=0), changed)
+    assert torch.equal(InstaFlow(flow.unet, flow.vae, flow.text, flow.info).latents(
+        ["a red circle", "a ring"], steps=1, seed=0), changed)
     flow.to("cpu", torch.bfloat16)
     assert flow.latents(["a red circle", "a ring"], steps=1, seed=0).dtype == torch.bfloat16
     with torch.inference_mode():
@@ -111,16 +114,19 @@ def test_timestep_of_every_euler_step(flow):
 def test_guidance_is_taken_on_velocity(flow, alpha):
     """Equation 8, at one Euler step: Z1 = X0 + alpha v(X0, 0 | T) + (1 - alpha) v(X0, 0 | NULL)."""
     x0, text, null = flow.noise(1, 0, 2), flow.text(PROMPTS[:2]), flow.text([""])
-    v, without = flow.unet(x0, torch.full((2,), 1000.0), text), flow.unet(x0, torch.full((2,), 1000.0), null.expand(2, -1, -1))
+    v = flow.unet(x0, torch.full((2,), 1000.0), text)
+    without = flow.unet(x0, torch.full((2,), 1000.0), null.expand(2, -1, -1))
     assert relative_error(v, without) > 1e-3                                 # the prompt matters, so a swap would show
-    assert relative_error(flow.latents(PROMPTS[:2], steps=1, guidance=alpha, seed=1), x0 + alpha * v + (1 - alpha) * without) <= 1e-5
+    assert relative_error(flow.latents(PROMPTS[:2], steps=1, guidance=alpha, seed=1),
+                          x0 + alpha * v + (1 - alpha) * without) <= 1e-5
 
 
 @torch.no_grad()
 def test_the_negative_prompt_stands_for_null(flow):
     x0, text, null = flow.noise(1, 0, 1), flow.text(["a"]), flow.text(["ugly"])
     v, without = flow.unet(x0, 1000.0, text), flow.unet(x0, 1000.0, null)
-    assert relative_error(flow.latents(["a"], steps=1, guidance=3.0, seed=1, negative="ugly"), x0 + 3 * v - 2 * without) <= 1e-5
+    assert relative_error(flow.latents(["a"], steps=1, guidance=3.0, seed=1, negative="ugly"),
+                          x0 + 3 * v - 2 * without) <= 1e-5
 
 
 @torch.no_grad()
@@ -132,11 +138,13 @@ def test_a_noise_predictor_is_guided_on_noise(teacher, sampler):
     def eps(x, timestep):
         return 3.0 * teacher.unet(x, timestep, text) - 2.0 * teacher.unet(x, timestep, null.expand_as(text))
     x0 = teacher.noise(4, 0, 3)
-    wanted = {"dpm": diffusion.dpm_solver, "ddim": diffusion.ddim}[sampler](eps, x0, 5, diffusion.Schedule.stable_diffusion())
+    wanted = {"dpm": diffusion.dpm_solver, "ddim": diffusion.ddim}[sampler](
+        eps, x0, 5, diffusion.Schedule.stable_diffusion())
     got = teacher.solve(x0, text, null, 5, 3.0, sampler)
     assert relative_error(got, wanted) <= 1e-4
-    if sampler == "dpm":                                                     # what instaflow.json of a noise predictor says
-        assert relative_error(teacher.latents(PROMPTS, steps=5, guidance=3.0, seed=4), got) <= 1e-5              # (its prompts are read in one batch)
+    if sampler == "dpm":  # what instaflow.json of a noise predictor says
+        # (its prompts are read in one batch)
+        assert relative_error(teacher.latents(PROMPTS, steps=5, guidance=3.0, seed=4), got) <= 1e-5
 
 
 @torch.no_grad()
@@ -148,11 +156,13 @@ def test_velocity_of_a_noise_predictor_at_a_whole_index(teacher, index):
     z, text = teacher.noise(2, 0, 2), teacher.text(PROMPTS[:2])
     x = (a + b) * z
     eps = teacher.unet(x, float(index), text)
-    assert relative_error(teacher.velocity(z, torch.full((2,), a / (a + b), dtype=torch.float64), text).float(), (x - b * eps) / a - eps) <= 1e-4
+    assert relative_error(teacher.velocity(z, torch.full((2,), a / (a + b), dtype=torch.float64), text).float(),
+                          (x - b * eps) / a - eps) <= 1e-4
 
 
 class Gaussian:
-    """Data N(0.7, 0.5^2), whose flow is known exactly: as a noise predictor and as a velocity, with the call of a U-Net."""
+    """Data N(0.7, 0.5^2), whose flow is known exactly: as a noise predictor and as a velocity, with the call of a
+    U-Net."""
     mu, s = 0.7, 0.5
 
     def noise(self, schedule):
@@ -163,7 +173,8 @@ class Gaussian:
         return rectified_velocity(x, 1 - torch.as_tensor(timestep) / 1000, self.mu, self.s).to(x.dtype)
 
     def end(self, z, t):
-        """Of the path through z at time t: as far from the data's mean, in deviations, as z is from the mean of that time."""
+        """Of the path through z at time t: as far from the data's mean, in deviations, as z is from the mean of that
+        time."""
         return self.mu + self.s * (z - t * self.mu) / (t ** 2 * self.s ** 2 + (1 - t) ** 2) ** 0.5
 
 
@@ -174,14 +185,16 @@ def exact(model, unet, **info):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name, sampler", [("teacher", "dpm"), ("teacher", "ddim"), ("flow", "euler"), ("flow", "heun")])
+@pytest.mark.parametrize("name, sampler", [("teacher", "dpm"), ("teacher", "ddim"),
+                                           ("flow", "euler"), ("flow", "heun")])
 @pytest.mark.parametrize("t", [0.1, 0.3, 0.8])
 def test_a_path_goes_on_from_within(request, name, sampler, t):
     data, model = Gaussian(), request.getfixturevalue(name)
     z, text = model.noise(3, 0, 2), model.text(["a", ""])
     path = exact(model, data.noise(model.schedule) if name == "teacher" else data.velocity, sampler=sampler)
     for steps, most in ((20, 0.1), (400, 0.01)):           # both get nearer
-        assert relative_error(path.finish(z, t, text[:1].expand(2, -1, -1), text[1:], steps, 1.0), data.end(z, t)) < most
+        assert relative_error(path.finish(z, t, text[:1].expand(2, -1, -1), text[1:], steps, 1.0),
+                              data.end(z, t)) < most
     start = flows.interpolate(z, z.flip(0), torch.full((2,), t))
     wanted = path.finish(start, t, text[:1].expand(2, -1, -1), text[1:], max(1, round((1 - t) * 10)), 2.0)
     assert torch.equal(path.solve_from(t, z, z.flip(0), text[:1].expand(2, -1, -1), text[1:], 10, 2.0), wanted)
@@ -199,7 +212,8 @@ def test_a_path_begun_by_the_flow_is_finished_by_its_teacher(flow, teacher):
     assert relative_error(got, data.end(begun, 0.2)) < 0.01
 
 
-@pytest.mark.parametrize("name, sampler", [("flow", "euler"), ("flow", "heun"), ("teacher", "dpm"), ("teacher", "ddim"), ("teacher", "euler")])
+@pytest.mark.parametrize("name, sampler", [("flow", "euler"), ("flow", "heun"),
+                                           ("teacher", "dpm"), ("teacher", "ddim"), ("teacher", "euler")])
 def test_steps_that_cannot_be_are_a_value_error(request, name, sampler):
     model = request.getfixturevalue(name)
     for steps in (0, -1) if sampler in ("euler", "heun") else (0, -1, 1000):
@@ -264,13 +278,15 @@ def test_height_and_width(flow):
 
 
 def test_to_pil_by_hand():
-    image, = instaflow.to_pil(torch.tensor([-1.0, 0.0, 1.0, -3.0, 3.0, 1 / 127.5]).reshape(1, 1, 1, 6).expand(1, 3, 1, 6))
+    image, = instaflow.to_pil(torch.tensor([-1.0, 0.0, 1.0, -3.0, 3.0, 1 / 127.5])
+                              .reshape(1, 1, 1, 6).expand(1, 3, 1, 6))
     assert [p[0] for p in np.array(image)[0]] == [0, 128, 255, 0, 255, 128]  # 127.5 rounds to even, 128; 128.5 too
 
 
 def test_a_grid_shows_every_picture_in_its_place():
     colours = [[(200, 0, 0), (0, 200, 0)], [(0, 0, 200), (90, 90, 90)]]
-    sheet = instaflow.grid([[Image.new("RGB", (16, 16), c) for c in row] for row in colours], ["first", "second"], ["a", "b"], side=32)
+    sheet = instaflow.grid([[Image.new("RGB", (16, 16), c) for c in row] for row in colours],
+                           ["first", "second"], ["a", "b"], side=32)
     pixels = np.array(sheet)
     found = {c: np.argwhere((pixels == c).all(2)).mean(0) for row in colours for c in row}
     for row in colours:
@@ -280,7 +296,8 @@ def test_a_grid_shows_every_picture_in_its_place():
 
 
 def test_a_student_warns_of_steps_that_it_was_not_trained_for(flow, capsys):
-    student = InstaFlow(flow.unet, flow.vae, flow.text, {"prediction": "velocity", "steps": 1, "guidance": 1.0, "trained_steps": [1]})
+    student = InstaFlow(flow.unet, flow.vae, flow.text,
+                        {"prediction": "velocity", "steps": 1, "guidance": 1.0, "trained_steps": [1]})
     student.latents(["a"])
     student.latents(["a"], steps=1)
     flow.latents(["a"], steps=9)                                             # not distilled
@@ -315,17 +332,20 @@ def test_a_base_that_was_trained_again_is_told(tiny, tmp_path, capsys):
     teacher.save(tmp_path / "teacher")
     InstaFlow.load(tmp_path / "flow")
     err = capsys.readouterr().err
-    assert err.startswith(f"warning: {tmp_path / 'flow'} was trained with another VAE or text tower") and err.count("\n") == 1
+    assert (err.startswith(f"warning: {tmp_path / 'flow'} was trained with another VAE or text tower")
+            and err.count("\n") == 1)
 
 
-@pytest.mark.parametrize("key, value", [("prediction", []), ("sampler", ["euler"]), ("sampler", {}), ("guidance", float("nan")), ("guidance", float("inf"))])
+@pytest.mark.parametrize("key, value", [("prediction", []), ("sampler", ["euler"]), ("sampler", {}),
+                                        ("guidance", float("nan")), ("guidance", float("inf"))])
 def test_fields_of_other_kinds_are_refused(flow, key, value):
     with pytest.raises(UserError, match=key):
         InstaFlow(flow.unet, flow.vae, flow.text, {**flow.info, key: value})
 
 
 def test_info_survives(flow, tmp_path):
-    info = {"prediction": "velocity", "sampler": "heun", "steps": 2, "guidance": 1.25, "trained_steps": [1, 2], "made": {"command": "python ü", "seed": 2 ** 40}}
+    info = {"prediction": "velocity", "sampler": "heun", "steps": 2, "guidance": 1.25, "trained_steps": [1, 2],
+            "made": {"command": "python ü", "seed": 2 ** 40}}
     InstaFlow(flow.unet, flow.vae, flow.text, info).save(tmp_path)
     assert json.loads((tmp_path / "instaflow.json").read_text()) == info
     assert InstaFlow.load(tmp_path).info == info
@@ -335,7 +355,8 @@ def test_half_precision_on_disk(flow, tmp_path):
     flow.save(tmp_path, self_contained=True, dtype=torch.float16)
     assert {v.dtype for v in load_file(tmp_path / "unet" / weights.UNET_FILE).values()} == {torch.float16}
     again = weights_of(InstaFlow.load(tmp_path))
-    assert all(v.dtype == torch.float32 and torch.equal(v, weights_of(flow)[k].half().float()) for k, v in again.items())
+    assert all(v.dtype == torch.float32 and torch.equal(v, weights_of(flow)[k].half().float())
+               for k, v in again.items())
     assert next(InstaFlow.load(tmp_path, dtype=torch.bfloat16).vae.parameters()).dtype == torch.bfloat16
 
 
@@ -344,8 +365,9 @@ def test_base_is_a_relative_path(tiny, flow, tmp_path):
     assert json.loads((tmp_path / "models" / "flow" / "instaflow.json").read_text())["base"] == "../teacher"
     assert not (tmp_path / "models" / "flow" / "vae").exists()
     student = InstaFlow.load(tmp_path / "models" / "flow")
-    student.save(tmp_path / "models" / "deep" / "student")                   # the base of a base is the one that holds the weights
-    assert json.loads((tmp_path / "models" / "deep" / "student" / "instaflow.json").read_text())["base"] == "../../teacher"
+    student.save(tmp_path / "models" / "deep" / "student")  # the base of a base is the one that holds the weights
+    assert (json.loads((tmp_path / "models" / "deep" / "student" / "instaflow.json").read_text())["base"]
+            == "../../teacher")
     (tmp_path / "models").rename(tmp_path / "moved")
     assert_same(InstaFlow.load(tmp_path / "moved" / "deep" / "student"), flow)
     shutil.rmtree(tmp_path / "moved" / "teacher")
@@ -392,7 +414,8 @@ def test_diffusers_and_transformers_open_our_folder(tiny, teacher):
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextModel
     from text import tokenize
-    folder, text, x, t = tiny / "teacher", teacher.text(PROMPTS), torch.randn(3, 4, 8, 8), torch.tensor([999.0, 500.25, 0.0])
+    folder, text = tiny / "teacher", teacher.text(PROMPTS)
+    x, t = torch.randn(3, 4, 8, 8), torch.tensor([999.0, 500.25, 0.0])
     unet, loading = UNet2DConditionModel.from_pretrained(folder / "unet", output_loading_info=True)
     assert not loading["missing_keys"] and not loading["unexpected_keys"]
     assert relative_error(teacher.unet(x, t, text), unet(x, t, text).sample) <= 2e-5
@@ -425,10 +448,12 @@ def copy(tiny, tmp_path):
     return shutil.copytree(tiny / "teacher", tmp_path / "model")
 
 
-@pytest.mark.parametrize("name, prediction", [("RectifiedFlowPipeline", "velocity"), ("StableDiffusionPipeline", "epsilon")])
+@pytest.mark.parametrize("name, prediction", [("RectifiedFlowPipeline", "velocity"),
+                                              ("StableDiffusionPipeline", "epsilon")])
 def test_model_index_decides_the_prediction(copy, name, prediction):
     (copy / "instaflow.json").unlink()
-    (copy / "model_index.json").write_text(json.dumps({"_class_name": name, "scheduler": ["diffusers", "PNDMScheduler"]}))
+    (copy / "model_index.json").write_text(
+        json.dumps({"_class_name": name, "scheduler": ["diffusers", "PNDMScheduler"]}))
     model = InstaFlow.load(copy)
     assert model.info == {"prediction": prediction, **instaflow.DEFAULTS[prediction]}
 
@@ -446,7 +471,8 @@ def test_a_prediction_is_never_guessed(copy, index):
 
 
 UNET, VAE, TEXT = f"unet/{weights.UNET_FILE}", f"vae/{weights.VAE_FILE}", f"text_encoder/{weights.TEXT_FILE}"
-POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69d22eadbb8f32b1258daaa5e2ca24d17e2393\nsize 12345\n"
+POINTER = (b"version https://git-lfs.github.com/spec/v1\n"
+           b"oid sha256:4d7a214614ab2935c943f9e0ff69d22eadbb8f32b1258daaa5e2ca24d17e2393\nsize 12345\n")
 DAMAGE = {
     "is missing": lambda p: p.unlink(),
     "cut": lambda p: p.write_bytes(p.read_bytes()[:-10]),
@@ -476,12 +502,15 @@ def change(path, edit):
 
 
 WRONG = {
-    "shape": (UNET, lambda t: t.update({"conv_in.weight": torch.zeros(8, 5, 3, 3)}), r"conv_in\.weight is \[8, 5, 3, 3\], but config\.json asks for \[8, 4, 3, 3\]"),
+    "shape": (UNET, lambda t: t.update({"conv_in.weight": torch.zeros(8, 5, 3, 3)}),
+              r"conv_in\.weight is \[8, 5, 3, 3\], but config\.json asks for \[8, 4, 3, 3\]"),
     "too few": (UNET, lambda t: t.pop("conv_out.bias"), r"lacks tensor conv_out\.bias \(1 in all\)"),
     "too many": (VAE, lambda t: t.update({"encoder.more": torch.zeros(1)}), r"has an unknown tensor encoder\.more"),
-    "whole numbers": (VAE, lambda t: t.update({"decoder.conv_out.bias": torch.zeros(3, dtype=torch.int64)}), r"decoder\.conv_out\.bias is torch\.int64"),
+    "whole numbers": (VAE, lambda t: t.update({"decoder.conv_out.bias": torch.zeros(3, dtype=torch.int64)}),
+                      r"decoder\.conv_out\.bias is torch\.int64"),
     "no key": (TEXT, lambda t: t.pop("text_model.encoder.layers.0.self_attn.k_proj.weight"), "lacks tensor"),
-    "other text": (TEXT, lambda t: t.update({"text_model.final_layer_norm.bias": torch.zeros(7)}), r"is \[7\], but config\.json asks for \[8\]"),
+    "other text": (TEXT, lambda t: t.update({"text_model.final_layer_norm.bias": torch.zeros(7)}),
+                   r"is \[7\], but config\.json asks for \[8\]"),
 }
 
 
@@ -513,7 +542,7 @@ def test_a_damaged_json_is_one_line_that_names_it(copy, file, damage):
     with pytest.raises(UserError) as error:
         InstaFlow.load(copy)
     assert "\n" not in str(error.value)
-    if (file, damage) != ("instaflow.json", "gone"):                         # then the folder as a whole does not say what it is
+    if (file, damage) != ("instaflow.json", "gone"):  # then the folder as a whole does not say what it is
         assert str(copy / file) in str(error.value)
 
 
@@ -545,7 +574,8 @@ def test_a_json_that_asks_for_something_else_is_one_line(copy, file, values, wor
 def test_no_folder_is_one_line(tmp_path, what):
     if what == "file":
         (tmp_path / what).write_text("")
-    with pytest.raises(UserError, match={"nothing": "no such model folder", "file": "no whole safetensors file"}[what]) as error:
+    with pytest.raises(UserError, match={"nothing": "no such model folder",
+                                         "file": "no whole safetensors file"}[what]) as error:
         InstaFlow.load(tmp_path / what)
     assert str(tmp_path / what) in str(error.value) and "\n" not in str(error.value)
 

@@ -26,7 +26,8 @@ def seen(shape, colour, x, y, size="small"):
     return J.Seen(shape, colour, size, x, y, 0.9)
 
 
-CIRCLE, SQUARE, STAR = seen("circle", "red", 15.0, 30.0), seen("square", "blue", 45.0, 34.0, "large"), seen("star", "green", 40.0, 10.0)
+CIRCLE, SQUARE = seen("circle", "red", 15.0, 30.0), seen("square", "blue", 45.0, 34.0, "large")
+STAR = seen("star", "green", 40.0, 10.0)
 
 
 @pytest.mark.parametrize("objects, caption, exact, unordered", [
@@ -66,7 +67,8 @@ def test_matches(objects, caption, exact, unordered):
 def test_a_true_reading_matches_its_own_caption_and_no_other():
     drawn = [scenes.scene(11, i) for i in range(300)]
     claims = [scenes.parse(one.caption) for one in drawn]
-    readings = [J.Reading(tuple(J.Seen(o.shape, o.colour, o.size, o.x, o.y, 1.0) for o in reversed(one.objects)), one.tone, one.texture) for one in drawn]
+    readings = [J.Reading(tuple(J.Seen(o.shape, o.colour, o.size, o.x, o.y, 1.0) for o in reversed(one.objects)),
+                          one.tone, one.texture) for one in drawn]
     assert all(J.matches(r, c) for r, c in zip(readings, claims))
     assert sum(J.matches(r, c) for r, c in zip(readings, claims[1:])) <= 3
 
@@ -81,7 +83,8 @@ def perfect(objects, ground):
                 dx, dy = x / 4 - c - 0.5, y / 4 - r - 0.5
                 heat = np.exp(-(dx * dx + dy * dy) / (2 * J.SIGMA ** 2))
                 if heat > 1e-3:
-                    out["heat"][0, 0, r, c] = max(float(out["heat"][0, 0, r, c]), float(np.log(heat / (1 - heat + 1e-6))))
+                    out["heat"][0, 0, r, c] = max(float(out["heat"][0, 0, r, c]),
+                                                  float(np.log(heat / (1 - heat + 1e-6))))
                     out["offset"][0, :, r, c] = torch.tensor([dx, dy])
                     for name, k in (("shape", shape), ("colour", colour), ("size", size)):
                         out[name][0, k, r, c] = 8.0
@@ -91,9 +94,11 @@ def perfect(objects, ground):
 @pytest.mark.parametrize("x, y", [(32.0, 32.0), (34.0, 32.0), (30.0, 33.99), (13.1, 50.7), (32.01, 31.99)])
 def test_an_object_on_a_border_of_cells_is_read_once_and_in_its_place(x, y, monkeypatch):
     judge = J.Judge((2, 2, 2, 2, 2))
-    monkeypatch.setattr(judge, "forward", lambda images: perfect([(x, y, 3, 6, 1), (x, y - 22 if y > 40 else y + 14.5, 0, 0, 0)], (1, 2)))
+    monkeypatch.setattr(judge, "forward", lambda images: perfect(
+        [(x, y, 3, 6, 1), (x, y - 22 if y > 40 else y + 14.5, 0, 0, 0)], (1, 2)))
     reading, = judge.read(torch.zeros(1, 3, 64, 64))
-    assert sorted((o.shape, o.colour, o.size) for o in reading.objects) == [("circle", "red", "small"), ("star", "pink", "large")]
+    assert sorted((o.shape, o.colour, o.size) for o in reading.objects) == [
+        ("circle", "red", "small"), ("star", "pink", "large")]
     star = next(o for o in reading.objects if o.shape == "star")
     assert abs(star.x - x) < 0.01 and abs(star.y - y) < 0.01 and (reading.tone, reading.texture) == ("light", "dotted")
 
@@ -125,7 +130,7 @@ def test_augment_keeps_labels_true():
     for i, one in enumerate(drawn):
         for j, o in enumerate(one.objects):
             flipped += float(moved[i, j, 1]) != pytest.approx(o.x)
-            if true[i] and o.shape not in ("ring",):                               # the pixel at the new place has the object's colour
+            if true[i] and o.shape not in ("ring",):  # the pixel at the new place has the object's colour
                 got = (x[i, :, int(moved[i, j, 2]), int(moved[i, j, 1])] + 1) * 127.5
                 assert float((got - torch.tensor(o.rgb)).abs().mean()) < 45
     assert 20 < flipped < 100                                                        # about half of some 115
@@ -133,14 +138,16 @@ def test_augment_keeps_labels_true():
 
 def test_the_trunk_is_vgg16s():
     torchvision = {0: 2, 5: 2, 10: 3, 17: 3, 24: 3}                                # first convolution: how many
-    expected = {f"features.{first + 2 * i}.{part}" for first, n in torchvision.items() for i in range(n) for part in ("weight", "bias")}
+    expected = {f"features.{first + 2 * i}.{part}"
+                for first, n in torchvision.items() for i in range(n) for part in ("weight", "bias")}
     judge = J.Judge()
     assert {k for k in judge.state_dict() if k.startswith("features")} == expected
     assert [i for i, layer in enumerate(judge.features) if isinstance(layer, torch.nn.MaxPool2d)] == [4, 9, 16, 23, 30]
     x = torch.rand(2, 3, 64, 64) * 2 - 1
     y = (x - torch.tensor([-.030, -.088, -.188]).view(1, 3, 1, 1)) / torch.tensor([.458, .448, .450]).view(1, 3, 1, 1)
     assert torch.allclose(judge.trunk(x)[3], judge.features[:30](y), atol=1e-5)
-    assert judge.embed(x).shape == (2, 224) and torch.allclose(judge.embed(x)[:, 96:], judge.trunk(x)[3].mean((2, 3)), atol=1e-6)
+    assert (judge.embed(x).shape == (2, 224)
+            and torch.allclose(judge.embed(x)[:, 96:], judge.trunk(x)[3].mean((2, 3)), atol=1e-6))
     with pytest.raises(ValueError, match="64"):
         judge.read(torch.zeros(1, 3, 32, 32))
 
@@ -171,21 +178,24 @@ def test_save_load_and_damage(tmp_path):
 
 def test_a_killed_training_goes_on_as_if_nothing_had_happened(tmp_path, monkeypatch, capsys):
     def train(out, iterations=4, batch=8):
-        flags = ["--images", 40, "--iterations", iterations, "--batch", batch, "--save-every", 2, "--warmup", 1, "--check", 8]
+        flags = ["--images", 40, "--iterations", iterations, "--batch", batch, "--save-every", 2,
+                 "--warmup", 1, "--check", 8]
         monkeypatch.setattr(sys, "argv", ["judge.py", "train", "--out", *map(str, [tmp_path / out, *flags])])
         J.main()
     train("whole")
     (tmp_path / "resumed" / "training").mkdir(parents=True)
     shutil.copy(tmp_path / "whole" / "training" / "step-00000002.safetensors", tmp_path / "resumed" / "training")
     train("resumed")
-    assert (tmp_path / "whole" / "judge.safetensors").read_bytes() == (tmp_path / "resumed" / "judge.safetensors").read_bytes()
+    assert ((tmp_path / "whole" / "judge.safetensors").read_bytes()
+            == (tmp_path / "resumed" / "judge.safetensors").read_bytes())
     assert capsys.readouterr().out.count("exact match") == 4                       # two trainings, two splits
     with pytest.raises(cli.UserError, match="batch"):                              # a run with other settings
         train("whole", batch=4)
 
 
-@pytest.mark.parametrize("flags, said", [(["check", "--model", "nowhere"], "nowhere holds no judge"), (["train"], "--out"), (["judge"], "judge"),
-                                         (["check", "--model", "nowhere", "--n", "0"], "--n"), (["train", "--out", "x", "--epochs", "3"], "--epochs")])
+@pytest.mark.parametrize("flags, said", [
+    (["check", "--model", "nowhere"], "nowhere holds no judge"), (["train"], "--out"), (["judge"], "judge"),
+    (["check", "--model", "nowhere", "--n", "0"], "--n"), (["train", "--out", "x", "--epochs", "3"], "--epochs")])
 def test_errors_are_one_line_and_status_2(flags, said, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["judge.py", *flags])
     with pytest.raises(SystemExit) as exit:
@@ -197,21 +207,25 @@ def test_errors_are_one_line_and_status_2(flags, said, monkeypatch, capsys):
 def test_the_shipped_judge_reads_unseen_combinations(shipped):
     images, captions, _ = scenes.batch(2_000_003, 0, 1000, "held-out")
     rates = J.exact_match(shipped, images, captions)
-    assert rates["n"] == 1000 and rates["exact"] >= 0.99 and rates["unordered"] >= rates["exact"] and rates["related"] >= 0.99
+    assert (rates["n"] == 1000 and rates["exact"] >= 0.99 and rates["unordered"] >= rates["exact"]
+            and rates["related"] >= 0.99)
     assert rates["by_objects"][1]["related"] is None       # one object tells of no place
     assert sum(part["n"] for part in rates["by_objects"].values()) == 1000
-    assert sum(part["n"] * part["exact"] for part in rates["by_objects"].values()) == pytest.approx(1000 * rates["exact"])
+    assert sum(part["n"] * part["exact"] for part in rates["by_objects"].values()) == pytest.approx(
+        1000 * rates["exact"])
 
 
 def test_the_shipped_judge_sees_what_is_wrong(shipped):
     images, captions, drawn = scenes.batch(2_000_004, 0, 200)
-    assert J.exact_match(shipped, images, captions[1:] + captions[:1])["exact"] < 0.02                 # another's caption
-    swap = {"red": "blue", "blue": "red", "green": "yellow", "yellow": "green", "orange": "purple", "purple": "orange", "pink": "cyan", "cyan": "pink"}
+    assert J.exact_match(shipped, images, captions[1:] + captions[:1])["exact"] < 0.02  # another's caption
+    swap = {"red": "blue", "blue": "red", "green": "yellow", "yellow": "green",
+            "orange": "purple", "purple": "orange", "pink": "cyan", "cyan": "pink"}
     wrong = [" ".join(swap.get(word, word) for word in caption.split()) for caption in captions]
     assert J.exact_match(shipped, images, wrong)["exact"] == 0
     related = [i for i, caption in enumerate(captions) if scenes.parse(caption).relations]
-    turned = images[related][:, ::-1, ::-1].copy()                                 # upside down: every relation is false
+    turned = images[related][:, ::-1, ::-1].copy()  # upside down: every relation is false
     rates = J.exact_match(shipped, turned, [captions[i] for i in related])
     assert len(related) > 60 and rates["exact"] == 0 and rates["unordered"] > 0.2 and rates["related"] == 0
-    places = [(abs(o.x - t.x) + abs(o.y - t.y)) for r, one in zip(shipped.read(images), drawn) for o in r.objects for t in one.objects if (o.shape, o.colour) == (t.shape, t.colour)]
+    places = [(abs(o.x - t.x) + abs(o.y - t.y)) for r, one in zip(shipped.read(images), drawn)
+              for o in r.objects for t in one.objects if (o.shape, o.colour) == (t.shape, t.colour)]
     assert len(places) > 300 and max(places) < 4

@@ -13,10 +13,15 @@ from instaflow import InstaFlow
 from unet import StackedUNet
 
 pytestmark = pytest.mark.usefixtures("plain_convolutions")
-UNET = ["down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q", "down_blocks.1.attentions.1.transformer_blocks.0.attn2.to_out.0", "up_blocks.2.attentions.0.transformer_blocks.0.ff.net.0.proj",
-        "mid_block.attentions.0.proj_in", "mid_block.attentions.0.proj_out", "down_blocks.0.resnets.0.conv1", "up_blocks.1.resnets.1.conv_shortcut", "down_blocks.1.downsamplers.0.conv",
+UNET = ["down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q",
+        "down_blocks.1.attentions.1.transformer_blocks.0.attn2.to_out.0",
+        "up_blocks.2.attentions.0.transformer_blocks.0.ff.net.0.proj",
+        "mid_block.attentions.0.proj_in", "mid_block.attentions.0.proj_out", "down_blocks.0.resnets.0.conv1",
+        "up_blocks.1.resnets.1.conv_shortcut", "down_blocks.1.downsamplers.0.conv",
         "up_blocks.0.upsamplers.0.conv", "down_blocks.2.resnets.0.time_emb_proj"]
-TEXT = [f"encoder.layers.{i}.{name}" for i, name in ((0, "self_attn.q_proj"), (0, "self_attn.k_proj"), (0, "self_attn.v_proj"), (1, "self_attn.out_proj"), (1, "mlp.fc1"), (0, "mlp.fc2"))]
+TEXT = [f"encoder.layers.{i}.{name}"
+        for i, name in ((0, "self_attn.q_proj"), (0, "self_attn.k_proj"), (0, "self_attn.v_proj"),
+                        (1, "self_attn.out_proj"), (1, "mlp.fc1"), (0, "mlp.fc2"))]
 ALPHAS = (1.0, 2.0, 3.5, 8.0)
 
 
@@ -29,8 +34,10 @@ def model(peers):
 def pipe(peers, tokenizer):
     from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
     from transformers import CLIPTextModel
-    return StableDiffusionPipeline(AutoencoderKL.from_pretrained(peers.path / "vae"), CLIPTextModel.from_pretrained(peers.path / "text_encoder"), tokenizer,
-                                   UNet2DConditionModel.from_pretrained(peers.path / "unet"), DDIMScheduler(clip_sample=False, steps_offset=1), None, None, requires_safety_checker=False)
+    return StableDiffusionPipeline(
+        AutoencoderKL.from_pretrained(peers.path / "vae"), CLIPTextModel.from_pretrained(peers.path / "text_encoder"),
+        tokenizer, UNet2DConditionModel.from_pretrained(peers.path / "unet"),
+        DDIMScheduler(clip_sample=False, steps_offset=1), None, None, requires_safety_checker=False)
 
 
 def draw(peers, rank=4, seed=0, text=True):
@@ -39,9 +46,11 @@ def draw(peers, rank=4, seed=0, text=True):
     out = {}
     for part, module, paths in (("unet", peers.unet, UNET), ("text_encoder", peers.text, TEXT if text else [])):
         for i, path in enumerate(paths):
-            weight = next(v for k, v in module.state_dict().items() if k.removeprefix("text_model.") == path + ".weight")
+            weight = next(v for k, v in module.state_dict().items()
+                          if k.removeprefix("text_model.") == path + ".weight")
             tail = (1, 1) if weight.dim() == 4 else ()
-            out[f"{part}.{path}"] = 0.3 * torch.randn(rank, *weight.shape[1:]), 0.3 * torch.randn(len(weight), rank, *tail), ALPHAS[i % 4]
+            out[f"{part}.{path}"] = (0.3 * torch.randn(rank, *weight.shape[1:]),
+                                     0.3 * torch.randn(len(weight), rank, *tail), ALPHAS[i % 4])
     return out
 
 
@@ -52,7 +61,8 @@ def kohya(pairs, sgm=None, te="lora_te_", alpha=True):
         if part == "unet" and sgm:
             rest = names.ldm_unet(rest + ".weight", sgm).removesuffix(".weight")
         name = (("lora_unet_" + rest) if part == "unet" else te + "text_model." + rest).replace(".", "_")
-        tensors |= {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up} | ({f"{name}.alpha": torch.tensor(a)} if alpha else {})
+        tensors |= ({f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up}
+                    | ({f"{name}.alpha": torch.tensor(a)} if alpha else {}))
     return tensors
 
 
@@ -67,7 +77,8 @@ def diffusers_style(pairs, text="text_encoder.text_model."):
 def by_hand(model, pairs, scale, alpha):
     """W + scale * alpha / rank * up @ down, in float64, of every layer; a copy of the model's tensors with that."""
     out = {"unet." + k: v.clone() for k, v in model.unet.state_dict().items()}
-    out |= {"text_encoder." + k.removeprefix("text_model."): v.clone() for k, v in names.text_to_transformers(model.text.state_dict()).items()}
+    out |= {"text_encoder." + k.removeprefix("text_model."): v.clone()
+            for k, v in names.text_to_transformers(model.text.state_dict()).items()}
     for path, (down, up, a) in pairs.items():
         weight = out[path + ".weight"]
         delta = torch.einsum("or,ri->oi", up.flatten(1).double(), down.flatten(1).double()).reshape(weight.shape)
@@ -77,7 +88,8 @@ def by_hand(model, pairs, scale, alpha):
 
 def tensors_of(model):
     out = {"unet." + k: v for k, v in model.unet.state_dict().items()}
-    return out | {"text_encoder." + k.removeprefix("text_model."): v for k, v in names.text_to_transformers(model.text.state_dict()).items()}
+    return out | {"text_encoder." + k.removeprefix("text_model."): v
+                  for k, v in names.text_to_transformers(model.text.state_dict()).items()}
 
 
 def assert_near(got, expected):
@@ -92,8 +104,12 @@ def old(key):
 
 
 SPELLINGS = {
-    "kohya": lambda p, m: kohya(p), "kohya, te1": lambda p, m: kohya(p, te="lora_te1_"), "kohya, ldm's names": lambda p, m: kohya(p, m.unet.config),
-    "kohya, no alpha": lambda p, m: kohya(p, alpha=False), "diffusers": lambda p, m: diffusers_style(p), "diffusers, transformers 5": lambda p, m: diffusers_style(p, "text_encoder."),
+    "kohya": lambda p, m: kohya(p),
+    "kohya, te1": lambda p, m: kohya(p, te="lora_te1_"),
+    "kohya, ldm's names": lambda p, m: kohya(p, m.unet.config),
+    "kohya, no alpha": lambda p, m: kohya(p, alpha=False),
+    "diffusers": lambda p, m: diffusers_style(p),
+    "diffusers, transformers 5": lambda p, m: diffusers_style(p, "text_encoder."),
     "peft": lambda p, m: {"base_model.model." + k: v for k, v in diffusers_style(p).items()},
     "diffusers, .lora.": lambda p, m: {old(k): v for k, v in diffusers_style(p).items()},
 }
@@ -118,7 +134,8 @@ def test_the_oldest_diffusers_spelling(peers, model, tmp_path):
     for path, (down, up, _) in pairs.items():
         head, _, name = path.removeprefix("unet.").replace("to_out.0", "to_out").rpartition(".")
         tensors |= {f"{head}.processor.{name}_lora.down.weight": down, f"{head}.processor.{name}_lora.up.weight": up}
-    assert len(tensors) == 4 and "down_blocks.1.attentions.1.transformer_blocks.0.attn2.processor.to_out_lora.up.weight" in tensors
+    assert (len(tensors) == 4
+            and "down_blocks.1.attentions.1.transformer_blocks.0.attn2.processor.to_out_lora.up.weight" in tensors)
     save_file(tensors, tmp_path / "x.safetensors")
     expected = by_hand(model, pairs, 1.0, False)
     lora.load_lora(model, tmp_path / "x.safetensors")
@@ -135,8 +152,10 @@ def run_both(model, pipe):
 
 
 def as_the_peer_can(pairs):
-    """diffusers loses to_out's alpha and, with transformers 5, the text tower's (it warns): here the one is left out, and the other the rank."""
-    return {k: (down, up, float(len(down)) if k.startswith("text") else a) for k, (down, up, a) in pairs.items() if "to_out" not in k}
+    """diffusers loses to_out's alpha and, with transformers 5, the text tower's (it warns): here the one is left out,
+    and the other the rank."""
+    return {k: (down, up, float(len(down)) if k.startswith("text") else a)
+            for k, (down, up, a) in pairs.items() if "to_out" not in k}
 
 
 def assert_peers_agree(model, pipe):
@@ -154,7 +173,8 @@ def test_kohyas_file_in_diffusers_with_peft(peers, model, pipe, tmp_path):
         assert relative_error(after, before) > 0.01        # it does something
 
 
-SETTINGS = [dict(r=4, lora_alpha=8), dict(r=4, lora_alpha=6, use_rslora=True), dict(r=2, lora_alpha=3, alpha_pattern={"attn1.to_q": 7, "conv1": 5})]
+SETTINGS = [dict(r=4, lora_alpha=8), dict(r=4, lora_alpha=6, use_rslora=True),
+            dict(r=2, lora_alpha=3, alpha_pattern={"attn1.to_q": 7, "conv1": 5})]
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
@@ -165,8 +185,10 @@ def test_diffusers_own_file(peers, model, pipe, tmp_path, settings):
     from diffusers.utils import convert_state_dict_to_diffusers
     from peft import LoraConfig, inject_adapter_in_model
     from peft.utils import get_peft_model_state_dict
-    pipe.unet.add_adapter(LoraConfig(target_modules=["to_q", "to_out.0", "conv1", "proj_in", "ff.net.2"], init_lora_weights="gaussian", **settings))
-    others = {k: v for k, v in settings.items() if k != "alpha_pattern"}     # (transformers' own add_adapter wants a peft that may not be out yet)
+    pipe.unet.add_adapter(LoraConfig(target_modules=["to_q", "to_out.0", "conv1", "proj_in", "ff.net.2"],
+                                     init_lora_weights="gaussian", **settings))
+    # (transformers' own add_adapter wants a peft that may not be out yet)
+    others = {k: v for k, v in settings.items() if k != "alpha_pattern"}
     inject_adapter_in_model(LoraConfig(target_modules=["q_proj", "v_proj", "fc1"], **others), pipe.text_encoder)
     torch.manual_seed(2)
     with torch.no_grad():
@@ -174,8 +196,10 @@ def test_diffusers_own_file(peers, model, pipe, tmp_path, settings):
             for name, p in module.named_parameters():
                 if "lora_" in name:
                     p.copy_(0.2 * torch.randn_like(p))
-    StableDiffusionPipeline.save_lora_weights(tmp_path, get_peft_model_state_dict(pipe.unet), convert_state_dict_to_diffusers(get_peft_model_state_dict(pipe.text_encoder)),
-                                              **_collate_lora_metadata({"unet": pipe.unet, "text_encoder": pipe.text_encoder}))
+    StableDiffusionPipeline.save_lora_weights(
+        tmp_path, get_peft_model_state_dict(pipe.unet),
+        convert_state_dict_to_diffusers(get_peft_model_state_dict(pipe.text_encoder)),
+        **_collate_lora_metadata({"unet": pipe.unet, "text_encoder": pipe.text_encoder}))
     file, = tmp_path.glob("*.safetensors")
     lora.load_lora(model, file)
     assert_peers_agree(model, pipe)
@@ -184,9 +208,11 @@ def test_diffusers_own_file(peers, model, pipe, tmp_path, settings):
 @pytest.mark.parametrize("by", ["diffusers", "peft"])
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 def test_a_file_of_the_u_net_alone(peers, model, pipe, tmp_path, settings, by):
-    """Its alpha stands in the header without "unet.", or in the adapter_config.json beside it; against the live model, since diffusers itself forgets it."""
+    """Its alpha stands in the header without "unet.", or in the adapter_config.json beside it; against the live
+    model, since diffusers itself forgets it."""
     from peft import LoraConfig, get_peft_model
-    config = LoraConfig(target_modules=["to_q", "to_out.0", "conv1", "proj_in", "ff.net.2"], init_lora_weights="gaussian", **settings)
+    config = LoraConfig(target_modules=["to_q", "to_out.0", "conv1", "proj_in", "ff.net.2"],
+                        init_lora_weights="gaussian", **settings)
     saved = pipe.unet.add_adapter(config) or pipe.unet if by == "diffusers" else get_peft_model(pipe.unet, config)
     torch.manual_seed(2)
     with torch.no_grad():
@@ -220,7 +246,8 @@ def test_a_merged_model_saves_whole(peers, model, tmp_path):
     again = InstaFlow.load(tmp_path / "merged")
     assert all(torch.equal(v, tensors_of(again)[k]) for k, v in tensors_of(model).items())
     untouched = InstaFlow.load(peers.path)                 # merging changes memory, never the file
-    assert not torch.equal(untouched.unet.down_blocks[0].resnets[0].conv1.weight, again.unet.down_blocks[0].resnets[0].conv1.weight)
+    assert not torch.equal(untouched.unet.down_blocks[0].resnets[0].conv1.weight,
+                           again.unet.down_blocks[0].resnets[0].conv1.weight)
 
 
 def test_half_precision_models(peers, tmp_path):
@@ -229,24 +256,31 @@ def test_half_precision_models(peers, tmp_path):
     for m in (model, half):
         lora.load_lora(m, tmp_path / "x.safetensors")
     for k, v in tensors_of(half).items():
-        assert v.dtype == torch.bfloat16 and (v.float() - tensors_of(model)[k]).abs().max() <= 0.01 * tensors_of(model)[k].abs().max()
+        assert (v.dtype == torch.bfloat16
+                and (v.float() - tensors_of(model)[k]).abs().max() <= 0.01 * tensors_of(model)[k].abs().max())
 
 
 NAME = "lora_unet_mid_block_attentions_0_proj_in"
 WRONG = {
-    "unknown layer": (lambda t: t.update({"lora_unet_nowhere.lora_up.weight": torch.zeros(4, 4)}), "lora_unet_nowhere.lora_up.weight is of no layer"),
+    "unknown layer": (lambda t: t.update({"lora_unet_nowhere.lora_up.weight": torch.zeros(4, 4)}),
+                      "lora_unet_nowhere.lora_up.weight is of no layer"),
     "unknown kind": (lambda t: t.update({f"{NAME}.bias": torch.zeros(4)}), f"{NAME}.bias is of no layer"),
     "no partner": (lambda t: t.pop(f"{NAME}.lora_up.weight"), f"{NAME} has no up matrix"),
-    "ranks differ": (lambda t: t.update({f"{NAME}.lora_up.weight": torch.zeros(32, 3, 1, 1)}), r"is \[32, 3, 1, 1\] times \[4, 32, 1, 1\], but the model's layer is \[32, 32, 1, 1\]"),
+    "ranks differ": (lambda t: t.update({f"{NAME}.lora_up.weight": torch.zeros(32, 3, 1, 1)}),
+                     r"is \[32, 3, 1, 1\] times \[4, 32, 1, 1\], but the model's layer is \[32, 32, 1, 1\]"),
     "too wide": (lambda t: t.update({f"{NAME}.lora_down.weight": torch.zeros(4, 64, 1, 1)}), "Stable Diffusion 1.x"),
-    "no rank": (lambda t: t.update({f"{NAME}.lora_down.weight": torch.zeros(0, 32, 1, 1), f"{NAME}.lora_up.weight": torch.zeros(32, 0, 1, 1)}), "times"),
+    "no rank": (lambda t: t.update({f"{NAME}.lora_down.weight": torch.zeros(0, 32, 1, 1),
+                                    f"{NAME}.lora_up.weight": torch.zeros(32, 0, 1, 1)}), "times"),
     "numbers": (lambda t: t.update({f"{NAME}.lora_down.weight": torch.zeros(4)}), "times"),
     "alpha": (lambda t: t.update({f"{NAME}.alpha": torch.zeros(2)}), "alpha is .2., not one number"),
-    "twice": (lambda t: t.update({"unet.mid_block.attentions.0.proj_in.lora_A.weight": torch.zeros(4, 32)}), "twice, in two spellings"),
+    "twice": (lambda t: t.update({"unet.mid_block.attentions.0.proj_in.lora_A.weight": torch.zeros(4, 32)}),
+              "twice, in two spellings"),
     "dora": (lambda t: t.update({f"{NAME}.dora_scale": torch.zeros(32, 1)}), "a DoRA"),
     "loha": (lambda t: t.update({f"{NAME}.hada_w1_a": torch.zeros(32, 4)}), "a LoHa"),
-    "xl": (lambda t: t.update({"lora_te2_text_model_encoder_layers_0_mlp_fc1.alpha": torch.zeros(())}), "Stable Diffusion XL"),
-    "bytes": (lambda t: t.update({f"{NAME}.lora_down.weight": torch.zeros(4, 32, 1, 1, dtype=torch.int8)}), "torch.int8"),
+    "xl": (lambda t: t.update({"lora_te2_text_model_encoder_layers_0_mlp_fc1.alpha": torch.zeros(())}),
+           "Stable Diffusion XL"),
+    "bytes": (lambda t: t.update({f"{NAME}.lora_down.weight": torch.zeros(4, 32, 1, 1, dtype=torch.int8)}),
+              "torch.int8"),
     "empty": (lambda t: t.clear(), "holds no tensors"),
 }
 
@@ -309,8 +343,11 @@ def test_the_difference_of_a_fine_tune(peers, custom, tmp_path, form, scale):
     with torch.no_grad():
         for p in flow.unet.parameters():
             p.add_(0.1 * torch.randn_like(p))
-    expected = {k: (v.double() + scale * (custom.unet.state_dict()[k].double() - base.unet.state_dict()[k].double())).float() for k, v in flow.unet.state_dict().items()}
-    given = {"objects": (custom, base), "folders": (tmp_path / "custom", peers.path), "files": (tmp_path / "custom.safetensors", str(tmp_path / "base.safetensors"))}[form]
+    expected = {k: (v.double() + scale * (custom.unet.state_dict()[k].double()
+                                          - base.unet.state_dict()[k].double())).float()
+                for k, v in flow.unet.state_dict().items()}
+    given = {"objects": (custom, base), "folders": (tmp_path / "custom", peers.path),
+             "files": (tmp_path / "custom.safetensors", str(tmp_path / "base.safetensors"))}[form]
     assert lora.add_difference(flow, *given, scale=scale) is flow
     for k, v in flow.unet.state_dict().items():
         assert (v - expected[k]).abs().max() <= 1e-6 * expected[k].abs().max()
