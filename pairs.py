@@ -44,8 +44,8 @@ def generate(model, solve, prompts, indices, args, made):
             x1 = solve(noise.to(model.device), text[:-1], text[-1:], args.steps, args.guidance)
         latents.append(x1.half().cpu())
         if not latents[-1].isfinite().all():
-            raise UserError(f"of the pairs {batch.start} to {batch.stop - 1} some latents are no finite numbers; "
-                            f"give guidances nearer to 1 than {args.guidance:g}, or other weights: these may be damaged")
+            raise UserError(f"of the pairs {batch.start} to {batch.stop - 1} some latents are no finite numbers; give "
+                            f"guidances nearer to 1 than {args.guidance:g}, or other weights: these may be damaged")
         made(len(batch))
     words = [prompts[i % len(prompts)].encode() for i in indices]
     return {"latent": torch.cat(latents), "seed": torch.full((len(indices),), args.seed),

@@ -228,8 +228,9 @@ def arguments():
     add("--steps", type=cli.positive, help="of the sampler (default: the model's own)")
     add("--guidance", type=cli.number(), help="strength of the prompt (default: the model's own; 1 is none)")
     add("--negative", default="", help="the prompt that guidance leads away from")
-    add("--model", help="a model folder, a single .safetensors or .ckpt file of Stable Diffusion 1.x's, "
-                        "or a hub name (default: the shipped miniature)")
+    add("--model",
+        help="a model folder, a single .safetensors or .ckpt file of Stable Diffusion 1.x's, "
+             "or a hub name (default: the shipped miniature)")
     add("--prediction", choices=cli.PREDICTIONS, help=cli.PREDICTION)
     add("--random-weights", choices=("sd15", "stacked"),
         help="no model at all: random weights of that size, to see whether it runs. Pictures are noise")
