@@ -1,10 +1,9 @@
 """One-step distillation, the paper's Algorithm 2: make X0 + v(X0, 0 | T) the end of the teacher's whole path.
 
     python distill.py --model 2rf --pairs pairs/2rf --out instaflow-l2 --batch 1024 --accumulate 64 --iterations 21500
-    python distill.py --model instaflow-l2 --pairs pairs/2rf --out instaflow --loss lpips --vgg vgg16.pth
+    python distill.py --model instaflow-l2 --pairs pairs/2rf --out instaflow --loss lpips --vgg vgg16.pth \\
         --linear vgg.pth --batch 1024 --accumulate 64 --iterations 18000
-    python distill.py --model 2rf --pairs pairs/2rf --out instaflow-1.7b-l2 --stacked --iterations 110000
-                                                            # into two U-Nets in series
+    python distill.py --model 2rf --pairs pairs/2rf --out instaflow-1.7b-l2 --stacked --iterations 110000   # two U-Nets
     torchrun --nproc-per-node 8 distill.py ...              # one node
     torchrun --nnodes 4 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 distill.py ...
 

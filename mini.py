@@ -293,7 +293,7 @@ def pipeline(root, short=False):
         experiments.py table --models {models} --judge {models}/mini-judge --out {root}/benchmarks/miniature.json
             {n("", "--n 100 --rows mini-2rf:1,mini-instaflow:1")}
         """
-    lines = text.replace("\n            ", " ").splitlines()        # a line that is indented further goes on from the last
+    lines = text.replace("\n            ", " ").splitlines()        # a line indented further goes on from the last
     return [" ".join(line.split()) for line in lines if line.strip()]
 
 

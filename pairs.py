@@ -1,5 +1,4 @@
-"""(noise, prompt, latent) triplets: a model's own pairs X0, X1 = ODE[v](X0 | T),
-which reflow and distillation train on.
+"""(noise, prompt, latent) triplets: a model's own pairs X0, X1 = ODE[v](X0 | T), to train reflow and distillation on.
 
     python pairs.py --model models/mini-sd --prompts captions.txt --steps 25 --guidance 1.5 --out pairs/sd
     torchrun --nproc-per-node 8 pairs.py --model ... (the same): any number of processes may begin, and any number go on
@@ -91,9 +90,8 @@ def make(words):
     prompts = cli.Prompts(args.prompts)
     model = InstaFlow.load(args.model, world.device, prediction=args.prediction)
     teacher = InstaFlow.load(args.finish, world.device, prediction="epsilon") if args.finish else None
-    if teacher and (teacher.info["trained_steps"]
-                    or [weights.same(getattr(teacher, part), getattr(model, part)) for part in ("unet", "vae", "text")]
-                    != [False, True, True]):
+    alike = teacher and [weights.same(getattr(teacher, part), getattr(model, part)) for part in ("unet", "vae", "text")]
+    if teacher and (teacher.info["trained_steps"] or alike != [False, True, True]):
         raise UserError(f"--finish {args.finish} is no teacher of --model {args.model}: "
                         "that has the same VAE and text tower, another U-Net, and is no one-step student")
     for each in filter(None, (model, teacher) if args.graphs else ()):
@@ -207,8 +205,9 @@ def verify(words):
             for i in range(start, end):
                 data[i]                                    # its noise against its checksum, its prompt as UTF-8
             for x in latent.split(PART):                   # in float64, a part at a time
-                total, squares, numbers = (total + float(x.double().sum()),
-                                           squares + float(x.double().square().sum()), numbers + x.numel())
+                total += float(x.double().sum())
+                squares += float(x.double().square().sum())
+                numbers += x.numel()
         except UserError as error:
             wrong.append(str(error))
     refuse(wrong, args.pairs, len(data.ends))

@@ -8,13 +8,12 @@
 
 At full size, from Stable Diffusion 1.x's weights in any spelling (README.md says where they are):
 
-    python sample.py --model stable-diffusion-v1-5/stable-diffusion-v1-5 "a photo of a lighthouse at dusk"
-                                                                                    # 25 steps, guidance 7.5
+    python sample.py --model stable-diffusion-v1-5/stable-diffusion-v1-5 "a lighthouse"     # 25 steps, guidance 7.5
     python sample.py --model v1-5-pruned-emaonly.safetensors --prediction epsilon --dtype bfloat16 "a lighthouse"
     python sample.py --model XCLiu/2_rectified_flow_from_sd_1_5 "a lighthouse"      # 25 steps, guidance 1.5
     python sample.py --model XCLiu/instaflow_0_9B_from_sd_1_5 --steps 1 --guidance 1 "a lighthouse"
     python sample.py --model 2rf --lora style.safetensors:0.8 --image photo.jpg --strength 0.6 "a lighthouse"
-    python sample.py --random-weights sd15 --steps 1 "noise"                        # no download: does it run?
+    python sample.py --random-weights sd15 --steps 1 "noise"        # no download: does it run?
 
 One picture goes to --out. Several go beside it, numbered, and --out itself shows them all, labelled. Prompt, seed,
 model and steps are in each PNG's metadata.
@@ -48,8 +47,7 @@ COMPARISON = ["mini-sd:25", "mini-sd:1", "mini-2rf:25", "mini-2rf:1", "mini-dire
 
 
 def slerp(a, b, n):
-    """n points from a to b [C, h, w] along the sphere: each is again a draw of N(0, I),
-    as a point of the chord is not."""
+    """n points from a to b [C, h, w] along the sphere: each is again a draw of N(0, I), as no point of a chord is."""
     dtype, a, b = a.dtype, a.float(), b.float()
     angle = torch.arccos(((a * b).sum() / (a.norm() * b.norm())).clamp(-1, 1)).clamp(min=1e-6)       # 0 where a is b
     w = torch.linspace(0, 1, n, device=a.device).reshape(-1, 1, 1, 1)
@@ -95,8 +93,8 @@ def pictures(model, prompts, args, steps=None, x0=None, clock=None):
     guidance = model.info["guidance"] if args.guidance is None else args.guidance
     x0 = noise(model, args.seed, len(prompts), args) if x0 is None else x0
     x0, vae = x0.to(args.device, args.dtype), model.vae
-    # more fit in no cache of a CPU
-    n = args.batch or (BATCH if x0.device.type != "cpu" else max(1, 64 * 64 // x0[0, 0].numel()))
+    fits = 64 * 64 // x0[0, 0].numel() if x0.device.type == "cpu" else BATCH                 # into a CPU's caches
+    n = args.batch or max(1, fits)
     tile = tile_side(args.tile, vae.config.factor)
     encoder = torch.nn.ModuleList((vae.encoder, vae.quant_conv))
     decoder = torch.nn.ModuleList((vae.post_quant_conv, vae.decoder))
@@ -109,8 +107,7 @@ def pictures(model, prompts, args, steps=None, x0=None, clock=None):
     row = {prompt: i for i, prompt in enumerate(known)}
     context, null = states[[row[prompt] for prompt in prompts]], states[row.get(args.negative, 0), None]
     left = len(prompts)
-    # the last batch is filled up: for another size all would be compiled anew
-    if args.compile and left > n:
+    if args.compile and left > n:                          # fill the last one up: a new size is compiled anew
         x0, context = (torch.cat([y, y[-1:].expand(-left % n, *y.shape[1:])]) for y in (x0, context))
 
     def solved():
@@ -138,8 +135,7 @@ def noise(model, seed, n, args):
 
 
 def read_image(path, noise, factor):
-    """The picture at `path`, scaled and centre-cropped to the size that noise [B, 4, h, w] makes
-    -> [1, 3, H, W] in [-1, 1]."""
+    """The picture at `path`, cropped to the size that noise [B, 4, h, w] makes -> [1, 3, H, W] in [-1, 1]."""
     try:
         with Image.open(path) as image:
             deep, image = image.mode[0] in "IF", ImageOps.exif_transpose(image).convert("RGB")
@@ -195,14 +191,12 @@ def write_png(image, path, args, **facts):
     facts = asked | facts
     for key, value in facts.items():
         info.add_itxt(key, str(value).encode("utf-8", "replace").decode())
-    # a third of the default's time, for 15 % more bytes
-    checkpoint.write_by(image.save, path, pnginfo=info, compress_level=1)
+    checkpoint.write_by(image.save, path, pnginfo=info, compress_level=1)       # a third of the time, 15 % more bytes
     return path
 
 
 def precision(name, device):
-    """The dtype, and bf16 or float32 in float16's place on a CPU, where float16 convolutions are
-    some 40 times slower."""
+    """The dtype; on a CPU, where float16 convolutions are some 40 times slower, bf16 or float32 in its place."""
     if name == "float16" and torch.device(device).type == "cpu":
         name = "bfloat16" if torch.cpu._is_avx512_bf16_supported() else "float32"
         print(f"note: float16 is very slow on a CPU; using {name}", file=sys.stderr)
@@ -244,8 +238,7 @@ def arguments():
     add("--height", type=cli.positive, help="in pixels (default: what the model was trained on)")
     add("--width", type=cli.positive, help="in pixels")
     add("--batch", type=cli.positive,
-        help=f"pictures at a time (default: {BATCH}; on a CPU as many as have 64 x 64 latents between them, "
-             "so 1 at 512 px)")
+        help=f"pictures at a time (default: {BATCH}; on a CPU as many as have 64 x 64 latents in all: 1 at 512 px)")
     add("--tile", type=cli.positive, nargs="?", const=512, metavar="PIXELS",
         help="decode in tiles of so many pixels a side (alone: 512), blended: "
              "less memory, but not quite the same picture, since norms and attention see one tile")

@@ -2,7 +2,6 @@
 
     python train_reflow.py --model sd15 --pairs pairs/sd --out 2rf-64
     python train_reflow.py --model 2rf-64 --pairs pairs/sd --out 2rf --batch 1024 --accumulate 64 --iterations 25000
-                                                            # one GPU, the large batch
     torchrun --nproc-per-node 8 train_reflow.py ...         # one node
     torchrun --nnodes 4 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 train_reflow.py ...
 

@@ -301,8 +301,8 @@ class UNet(nn.Module):
     def trunk(self, x, timestep, context):
         """Everything between conv_in and conv_norm_out: [B, block_out_channels[0], H, W] -> the same shape."""
         timestep = torch.as_tensor(timestep, device=x.device).expand(len(x))
-        # [B, 4 C0]
-        time = self.time_embedding(timestep_embedding(timestep, self.config.block_out_channels[0]).to(x.dtype))
+        time = timestep_embedding(timestep, self.config.block_out_channels[0])                # [B, C0]
+        time = self.time_embedding(time.to(x.dtype))                                         # [B, 4 C0]
         context = context.to(x.dtype)
         skips = [x]
         for block in self.down_blocks:
