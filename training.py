@@ -186,9 +186,9 @@ def add_flags(parser):
 def recipe(args):
     """The settings that decide a run's result: a checkpoint made with others is another run's. (`iterations` is one
     where the learning rate's schedule depends on it; else a run can be made longer.)"""
-    decisive = {"batch", "clip", "cosine", "drop", "ema", "float32", "lr", "seed", "warmup", "weight_decay",    # all,
-                "density", "linear", "loss", "lpips_size", "model", "pairs", "vgg",                        # reflow, distillation,
-                "images", "kl", "min_snr", "related", "scenes", "skew", "velocity", "where"}   # the miniature's parts
+    decisive = {"batch", "clip", "cosine", "drop", "ema", "float32", "lr", "seed", "warmup", "weight_decay",  # all,
+                "density", "linear", "loss", "lpips_size", "model", "pairs", "vgg",  # students,
+                "images", "kl", "min_snr", "related", "scenes", "skew", "velocity", "where"}  # mini.py
     decisive |= {"iterations"} if getattr(args, "cosine", True) else set()
     newer = dict(huber=False, exact=False, l2=0, steps=1)  # checkpoints older than these flags can still be resumed
     decisive |= {flag for flag, default in newer.items() if getattr(args, flag, default) != default}
