@@ -1,10 +1,9 @@
 """When does reflow before distillation pay? Against direct distillation at equal distillation and at equal total cost.
 
-    python benchmarks/regimes.py                              # trains what is missing below runs/regimes,
-                                                                then measures: five hours of two cores
-    python benchmarks/regimes.py --seeds 1 --out seed-1.json  # one seed alone, as beside the other
-                                                                once the teacher's pairs, which they share, are made
+    python benchmarks/regimes.py                              # trains what is missing below runs/regimes, and measures
+    python benchmarks/regimes.py --seeds 1 --out seed-1.json  # one seed alone
 
+That takes five hours of two cores; seeds can be made side by side once the teacher's pairs, which they share, are there.
 From the shipped teacher, L2 alone, all in one step. Three routes from the same teacher's pairs:
   reflowed      REFLOW iterations of reflow, PAIRS pairs of the 2-rectified flow, DISTIL iterations on those
   direct        DISTIL iterations on the teacher's PAIRS pairs

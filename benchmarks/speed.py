@@ -1,7 +1,6 @@
 """How fast this is beside diffusers: the same files, the same inputs, one after the other in turns, in one run.
 
-    python benchmarks/speed.py                                      # full size, bf16, one picture in one step:
-                                                                      minutes on a CPU
+    python benchmarks/speed.py                                      # full size, bf16, one picture in one step
     python benchmarks/speed.py --device cuda --dtypes float32,bfloat16,float16 --batches 1,4,16 --compile
     python benchmarks/speed.py --device cuda --profile              # what the GPU does all the time, kernel by kernel
     python benchmarks/speed.py --config mini --rounds 1 --out /tmp  # to see whether it runs
