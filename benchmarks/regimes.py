@@ -1,6 +1,6 @@
 """When does reflow before distillation pay? Against direct distillation at equal distillation and at equal total cost.
 
-    python benchmarks/regimes.py                              # trains what is missing below runs/regimes, and measures
+    python benchmarks/regimes.py                              # trains what is missing below runs/regimes; measures
     python benchmarks/regimes.py --seeds 1 --out seed-1.json  # one seed alone
 
 That takes five hours of two cores; seeds can be made side by side once the teacher's pairs, which they share, are there.
