@@ -103,6 +103,7 @@ def warn_of_little_room(folder, tensors, keep=2):
 
 
 def checkpoints(folder):
+    """Their paths, oldest first."""
     return sorted(p for p in Path(folder).glob("step-*.safetensors") if re.fullmatch(r"step-\d{8}", p.stem))
 
 

@@ -133,8 +133,9 @@ def load_statistics(path, width=None):
 
 
 def save_statistics(path, mu, sigma, n):
+    """An .npz file as `load_statistics` reads it, and pytorch-fid."""
     file = io.BytesIO()
-    np.savez_compressed(file, mu=mu, sigma=sigma, n=n)     # pytorch-fid reads the first two
+    np.savez_compressed(file, mu=mu, sigma=sigma, n=n)
     training.write(path, file.getvalue())
 
 

@@ -308,6 +308,7 @@ def run(line):
 
 
 def run_all(args, world):
+    """Every line of `pipeline`, one after another."""
     for line in pipeline(args.root, args.short):
         run(line)
 

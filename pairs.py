@@ -54,6 +54,7 @@ def generate(model, solve, prompts, indices, args, made):
 
 
 def make(words):
+    """`python pairs.py`, by the words of its command line."""
     parser = cli.Parser(__doc__)
     parser.add_argument("--model", required=True, help="the model whose ODE is solved")
     parser.add_argument("--prompts", required=True, help="a text file, one prompt a line, or a .jsonl file")

@@ -36,6 +36,7 @@ def gaussian(rng, n):
     return rng.standard_normal((n, 2)) @ root_covariance() + MEAN, np.zeros(n, np.int64)
 
 
+# a function of (rng, n) -> points [n, 2] and the part of the data that each lies in [n]; how many parts there are
 DATA = {"8gaussians": (eight_gaussians, 8), "moons": (moons, 2), "checkerboard": (checkerboard, 8),
         "spirals": (spirals, 2), "gaussian": (gaussian, 1)}
 
@@ -47,6 +48,7 @@ def draw(name, rng, n):
 
 
 def gauss(rng, n):
+    """n draws of N(0, I) -> float32 [n, 2]."""
     return torch.from_numpy(rng.standard_normal((n, 2), dtype=np.float32))
 
 

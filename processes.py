@@ -54,11 +54,13 @@ def start(device=None, hours=24):
 
 
 def barrier():
+    """Wait for all processes."""
     if dist.is_initialized():
         dist.barrier()
 
 
 def finish():
+    """Leave the process group, where there is one."""
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -37,6 +37,7 @@ def checksum(noise):
 
 
 def shard_path(folder, number):
+    """Of shard `number`, from 0 on."""
     return Path(folder) / f"shard-{number:05d}.safetensors"
 
 

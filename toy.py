@@ -132,10 +132,12 @@ def batches(fixed, rng):
 # --- section 3: distillation, min E ||ODE[v](X0) - (X0 + v~(X0, 0))||^2, from the flow's own weights ---
 
 def one_step(student, x0, label):
+    """X0 + v(X0, 0) -> [B, 2]."""
     return x0 + student(x0, torch.zeros(len(x0)), label)
 
 
 def distil(net, fixed, rng, iterations, lr, name):
+    """Train on fixed pairs at t = 0 alone -> the student, a Net."""
     def loss(net):
         x0, x1, label = batches(fixed, rng)()
         return (one_step(net, x0, label) - x1).square().mean()

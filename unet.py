@@ -97,6 +97,8 @@ class TimestepEmbedding(nn.Module):
 
 
 class ResnetBlock(nn.Module):
+    """x [B, channels, H, W], time [B, 4 C0] -> [B, out, H, W]."""
+
     def __init__(self, channels, out, time, config):
         super().__init__()
         self.norm1 = nn.GroupNorm(config.norm_num_groups, channels, eps=config.norm_eps)
@@ -155,6 +157,8 @@ class FeedForward(nn.Module):
 
 
 class TransformerBlock(nn.Module):
+    """x [B, N, width], context [B, L, context] -> [B, N, width]."""
+
     def __init__(self, width, heads, context):
         super().__init__()
         self.norm1 = nn.LayerNorm(width)
@@ -209,6 +213,8 @@ class Upsample(nn.Module):
 
 
 class DownBlock(nn.Module):
+    """x [B, channels, H, W] -> [B, out, H, W], or half the size; `skips` gets what the way up needs."""
+
     def __init__(self, channels, out, time, attention, downsample, config):
         super().__init__()
         widths = [channels] + [out] * (config.layers_per_block - 1)
@@ -313,6 +319,7 @@ class UNet(nn.Module):
         return x
 
     def head(self, x):
+        """What `trunk` gives -> [B, out_channels, H, W]."""
         return self.conv_out(F.silu(self.conv_norm_out(x)))
 
 

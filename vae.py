@@ -61,6 +61,8 @@ def group_norm(channels, config):
 
 
 class ResnetBlock(nn.Module):
+    """[B, channels, H, W] -> [B, out, H, W]."""
+
     def __init__(self, channels, out, config):
         super().__init__()
         self.norm1 = group_norm(channels, config)
@@ -104,6 +106,8 @@ class MidBlock(nn.Module):
 
 
 class Downsample(nn.Module):
+    """[B, C, H, W] -> [B, C, H/2, W/2]."""
+
     def __init__(self, width):
         super().__init__()
         self.conv = nn.Conv2d(width, width, 3, stride=2)
@@ -114,6 +118,8 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
+    """[B, C, H, W] -> [B, C, 2 H, 2 W]."""
+
     def __init__(self, width):
         super().__init__()
         self.conv = nn.Conv2d(width, width, 3, padding=1)
@@ -191,10 +197,12 @@ class VAE(nn.Module):
         self.post_quant_conv = nn.Conv2d(config.latent_channels, config.latent_channels, 1)
 
     def encode(self, image):
+        """-> mean and logvar of the latent's distribution."""
         mean, logvar = self.quant_conv(self.encoder(image)).chunk(2, dim=1)
         return mean, logvar.clamp(-30, 20)
 
     def decode(self, latent):
+        """-> image."""
         return self.decoder(self.post_quant_conv(latent))
 
     def decode_tiled(self, latent, tile=64):
