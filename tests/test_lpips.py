@@ -50,7 +50,8 @@ def trunk(widths, seed=0):
 
 @pytest.fixture(scope="module")
 def vgg(tmp_path_factory):
-    """torchvision's VGG16 with random weights, but for its three linear layers -> (features, the file of their weights)."""
+    """torchvision's VGG16 with random weights, but for its three linear layers -> (features, the file of their
+    weights)."""
     torch.manual_seed(0)
     features = torchvision.models.vgg.make_layers(torchvision.models.vgg.cfgs["D"])
     for layer in features:
@@ -58,7 +59,8 @@ def vgg(tmp_path_factory):
             nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
             nn.init.normal_(layer.bias, std=0.1)
     path = tmp_path_factory.mktemp("vgg") / "vgg16.pth"
-    torch.save({f"features.{k}": v for k, v in features.state_dict().items()} | {"classifier.6.bias": torch.zeros(1000)}, path)
+    torch.save({f"features.{k}": v for k, v in features.state_dict().items()}
+               | {"classifier.6.bias": torch.zeros(1000)}, path)
     return features, path
 
 
@@ -66,7 +68,8 @@ def vgg(tmp_path_factory):
 def peer(vgg):
     """(the package's LPIPS with these weights, the file of layer weights that ships in the package)."""
     package, whole = import_peer(), torchvision.models.vgg16
-    torchvision.models.vgg16 = lambda pretrained: types.SimpleNamespace(features=vgg[0])             # spares it 120 million numbers it drops
+    # spares it 120 million numbers it drops
+    torchvision.models.vgg16 = lambda pretrained: types.SimpleNamespace(features=vgg[0])
     try:
         net = package.LPIPS(net="vgg", pretrained=False, pnet_rand=True, verbose=False)
     finally:
@@ -95,7 +98,8 @@ def test_distance_is_the_packages(vgg, peer, size):
     distance = ours.LPIPS(vgg[1], peer[1])
     got = distance(a, b)
     assert got.shape == (2,)
-    for i in range(2):                                     # each by its own size: the far pair must not hide the near one
+    # each by its own size: the far pair must not hide the near one
+    for i in range(2):
         assert relative_error(got[i], wanted[i]) <= 1e-5
     assert torch.equal(distance(b, a), got)
 
@@ -175,7 +179,8 @@ def test_equal_images_have_distance_and_gradient_zero(narrow):
 def test_gradient_is_finite_where_features_are_zero(tmp_path, dead):
     """The root's slope at zero is infinite: the package's eps, outside the root, leaves NaN here."""
     tensors = trunk(WIDTHS)
-    tensors[f"features.{dead}.bias"] = torch.full_like(tensors[f"features.{dead}.bias"], -1e4)       # no unit of this layer ever fires
+    # no unit of this layer ever fires
+    tensors[f"features.{dead}.bias"] = torch.full_like(tensors[f"features.{dead}.bias"], -1e4)
     save_file(tensors, tmp_path / "w.safetensors")
     a, b = torch.rand(2, 2, 3, 32, 32) * 2 - 1
     for other in (a, b):
@@ -233,7 +238,8 @@ def test_a_wrong_trunk_is_one_line(tmp_path, name):
         save_file(content, path) if name.endswith("safetensors") else torch.save(content, path)
     with pytest.raises(UserError) as error:
         ours.LPIPS(path)
-    assert str(path) in str(error.value) and "\n" not in str(error.value) and len(str(error.value)) < len(str(path)) + 250
+    assert (str(path) in str(error.value) and "\n" not in str(error.value)
+            and len(str(error.value)) < len(str(path)) + 250)
 
 
 @pytest.mark.parametrize("name", ["w.pth", "w.safetensors"])

@@ -50,7 +50,8 @@ def test_places_are_those_of_the_objects_that_a_caption_names():
             name = name[1:name.argmax()]                   # the start and the end, the largest token, are no part of it
             assert ids[i, at - len(name):at].equal(name)
             assert shown[i, k].tolist() == pytest.approx([thing.x / 32 - 1, thing.y / 32 - 1], abs=1e-6)
-    assert sum(caption.count(" the ") > 0 for caption in captions) > 20                      # a second mention, which is passed over
+    # a second mention, which is passed over
+    assert sum(caption.count(" the ") > 0 for caption in captions) > 20
 
 
 def test_every_line_of_the_pipeline_is_understood():
@@ -67,7 +68,8 @@ def test_every_line_of_the_pipeline_is_understood():
             if script in scripts and script != "judge.py":
                 with pytest.MonkeyPatch.context() as patch:
                     patch.setattr(sys, "argv", [script, *words])
-                    with pytest.raises(cli.UserError, match="nowhere"):      # past the parser: the first file is missing
+                    # past the parser: the first file is missing
+                    with pytest.raises(cli.UserError, match="nowhere"):
                         scripts[script].main()
                 checked += 1
     assert checked == 2 * 10

@@ -18,7 +18,8 @@ MIB = 1024 ** 2
 
 
 def shipped():
-    return [p for name in (*NAMES, "mini-judge") for p in (MODELS / name).rglob("*") if p.is_file() and "training" not in p.parts]
+    return [p for name in (*NAMES, "mini-judge") for p in (MODELS / name).rglob("*")
+            if p.is_file() and "training" not in p.parts]
 
 
 def test_sizes():
@@ -41,14 +42,15 @@ def test_scenes_stay_readable_after_the_vae():
 
 
 def test_one_step_of_instaflow_beats_one_step_of_its_teacher():
-    """The point of it all, on captions that nobody trained on, from noise that nobody trained on: one step shows what the caption
-    says many times as often, and lies nearer to real scenes. Four steps do better still."""
+    """The point of it all, on captions that nobody trained on, from noise that nobody trained on: one step shows what
+    the caption says many times as often, and lies nearer to real scenes. Four steps do better still."""
     judge, captions = Judge.load(MODELS / "mini-judge"), images(78, 0, 200)[1]
     real = fid.statistics(judge.embed(images(79, 0, 400)[0]).numpy())
     exact, distance = {}, {}
     for name, steps in (("mini-sd", 1), ("mini-instaflow", 1), ("mini-instaflow", 4)):
         model = InstaFlow.load(MODELS / name)
-        pictures = torch.cat([model.decode(model.latents(captions[i:i + 50], steps=steps, seed=5, first=i)) for i in range(0, 200, 50)])
+        pictures = torch.cat([model.decode(model.latents(captions[i:i + 50], steps=steps, seed=5, first=i))
+                              for i in range(0, 200, 50)])
         exact[name, steps] = exact_match(judge, pictures, captions)["exact"]
         distance[name, steps] = fid.frechet_distance(*fid.statistics(judge.embed(pictures).numpy()), *real)
     teacher, one, four = ("mini-sd", 1), ("mini-instaflow", 1), ("mini-instaflow", 4)
@@ -60,9 +62,11 @@ def test_one_step_of_instaflow_beats_one_step_of_its_teacher():
 @pytest.mark.parametrize("name, steps", [("mini-instaflow", 1), ("mini-direct", 1), ("mini-2rf", 4), ("mini-sd", 4)])
 def test_a_picture_is_the_same_alone_and_in_a_batch(name, steps):
     """Within 1e-5 of [-1, 1], also where a noise predictor's rounding is multiplied by 1 / a = 15, at t = 0."""
-    model, prompts = InstaFlow.load(MODELS / name), ["a red circle", "a small yellow star", "a blue ring above a pink cross", "a cyan heart"]
+    model = InstaFlow.load(MODELS / name)
+    prompts = ["a red circle", "a small yellow star", "a blue ring above a pink cross", "a cyan heart"]
     together = model.decode(model.latents(prompts, steps, seed=3))
-    alone = torch.cat([model.decode(model.latents([prompt], steps, seed=3, first=i)) for i, prompt in enumerate(prompts)])
+    alone = torch.cat([model.decode(model.latents([prompt], steps, seed=3, first=i))
+                       for i, prompt in enumerate(prompts)])
     assert (together - alone).abs().max() <= 1e-5
 
 

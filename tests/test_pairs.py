@@ -26,14 +26,16 @@ from instaflow import InstaFlow
 
 pytestmark = pytest.mark.usefixtures("plain_convolutions")
 ROOT = Path(__file__).resolve().parent.parent
-PROMPTS = ["a red circle", "ein grüner Ring 🟢", "日本の桜", "a \"quoted\" & <tagged> one", "x" * 300, "a small yellow star", "b"]
+PROMPTS = ["a red circle", "ein grüner Ring 🟢", "日本の桜", "a \"quoted\" & <tagged> one", "x" * 300,
+           "a small yellow star", "b"]
 NUMBER, SHARD = 42, 8                                      # six shards, the last of 2
 
 
 def line(tiny, folder, *words):
     """The flags of one pairs.py command line; later ones win."""
-    return [str(w) for w in ("--model", tiny / "teacher", "--prompts", folder / "prompts.txt", "--out", folder / "pairs", "--steps", 3, "--guidance", 2, "--seed", 11,
-                             "--number", NUMBER, "--shard", SHARD, "--batch", 5, "--device", "cpu", "--float32", *words)]
+    return [str(w) for w in ("--model", tiny / "teacher", "--prompts", folder / "prompts.txt",
+                             "--out", folder / "pairs", "--steps", 3, "--guidance", 2, "--seed", 11, "--number", NUMBER,
+                             "--shard", SHARD, "--batch", 5, "--device", "cpu", "--float32", *words)]
 
 
 def write_prompts(folder):
@@ -55,7 +57,8 @@ def made(tiny, tmp_path_factory):
     folder = tmp_path_factory.mktemp("made")
     write_prompts(folder)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.backends.mkldnn, "enabled", False)              # as plain_convolutions: the same arithmetic as in the tests
+        # as plain_convolutions: the same arithmetic as in the tests
+        patch.setattr(torch.backends.mkldnn, "enabled", False)
         patch.setattr(sys, "argv", ["pairs.py", *line(tiny, folder)])
         pairs.main()
     return folder
@@ -95,7 +98,8 @@ def test_an_item(made):
 def test_noise_is_stream_1_by_index_and_prompts_go_round(made):
     data = pairs.PairDataset(made / "pairs")
     for i in range(NUMBER):
-        assert np.array_equal(data[i]["noise"], np.random.default_rng([1, 11, i]).standard_normal((4, 8, 8), dtype=np.float32))
+        assert np.array_equal(data[i]["noise"],
+                              np.random.default_rng([1, 11, i]).standard_normal((4, 8, 8), dtype=np.float32))
         assert data[i]["prompt"] == PROMPTS[i % 7]
 
 
@@ -103,18 +107,23 @@ def test_latents_are_the_models_ode_from_that_noise(made, tiny):
     model, data = InstaFlow.load(tiny / "teacher"), pairs.PairDataset(made / "pairs")
     for i in (0, 12, 41):                                  # alone: neither the shard nor the batch matters
         wanted = model.solve(data[i]["noise"][None], model.text([data[i]["prompt"]]), model.text([""]), 3, 2.0)[0]
-        assert (data[i]["latent"] - wanted).abs().max() <= wanted.abs().max() * 2 ** -10                 # one step of float16
+        # one step of float16
+        assert (data[i]["latent"] - wanted).abs().max() <= wanted.abs().max() * 2 ** -10
     assert not torch.allclose(data[0]["latent"], data[7]["latent"])          # same prompt, other noise
 
 
 def test_a_teacher_draws_the_ends_of_a_flows_paths(command, tiny, tmp_path):
     write_prompts(tmp_path)
-    words = lambda *more: ("pairs.py", "--model", tiny / "flow", "--prompts", tmp_path / "prompts.txt", "--out", tmp_path / "pairs", "--device", "cpu", "--float32", "--steps", 5, "--guidance", 2, *more)
+    words = lambda *more: ("pairs.py", "--model", tiny / "flow", "--prompts", tmp_path / "prompts.txt",
+                           "--out", tmp_path / "pairs", "--device", "cpu", "--float32", "--steps", 5,
+                           "--guidance", 2, *more)
     finish = "--finish", tiny / "teacher", "--finish-at", 0.3, "--finish-guidance", 3
     status, out, err = command(*words(*finish))
     assert status == 0, err
-    flow, teacher, data = InstaFlow.load(tiny / "flow"), InstaFlow.load(tiny / "teacher"), pairs.PairDataset(tmp_path / "pairs")
-    assert data.info["finish"] == {"model": str(tiny / "teacher"), "weights": weights.checksum(tiny / "teacher"), "sampler": "dpm", "at": 0.3, "guidance": 3.0}
+    flow, teacher = InstaFlow.load(tiny / "flow"), InstaFlow.load(tiny / "teacher")
+    data = pairs.PairDataset(tmp_path / "pairs")
+    assert data.info["finish"] == {"model": str(tiny / "teacher"), "weights": weights.checksum(tiny / "teacher"),
+                                   "sampler": "dpm", "at": 0.3, "guidance": 3.0}
     for i in (0, 3):
         path = data[i]["noise"][None], flow.text([data[i]["prompt"]]), flow.text([""])
         wanted = flow.solve_with(teacher, 0.3, 3.0, *path, 5, 2.0)
@@ -122,7 +131,8 @@ def test_a_teacher_draws_the_ends_of_a_flows_paths(command, tiny, tmp_path):
         assert not torch.allclose(wanted, flow.solve(*path, 5, 2.0), rtol=0.1)
     data.check(flow, tiny / "flow")                        # they are the flow's own, and its student's to learn
     status, out, err = command("pairs.py", "verify", "--pairs", tmp_path / "pairs")
-    assert status == 0 and out.rstrip().endswith(f"guidance 2.0; from t = 0.3 on by {tiny / 'teacher'}, dpm, guidance 3.0")
+    assert status == 0 and out.rstrip().endswith(
+        f"guidance 2.0; from t = 0.3 on by {tiny / 'teacher'}, dpm, guidance 3.0")
     for other in (finish[:4], (), (*finish[:3], 0.4, *finish[4:])):
         status, out, err = command(*words(*other))
         assert status == 2 and "(finish differ)" in err and err.count("\n") == 1
@@ -135,7 +145,8 @@ def test_a_teacher_draws_the_ends_of_a_flows_paths(command, tiny, tmp_path):
 
 @pytest.mark.parametrize("part", ["text", "vae", "prediction", "student", "itself", "rounded"])
 def test_only_the_teacher_itself_finishes(command, tiny, tmp_path, part):
-    """Other weights, no noise predictor, a student and --model itself are refused; weights that were rounded to float16, as a student's folder has them, are not."""
+    """Other weights, no noise predictor, a student and --model itself are refused; weights that were rounded to
+    float16, as a student's folder has them, are not."""
     write_prompts(tmp_path)
     teacher = InstaFlow.load(tiny / "teacher")
     if part in ("text", "vae"):
@@ -146,12 +157,14 @@ def test_only_the_teacher_itself_finishes(command, tiny, tmp_path, part):
     if part == "student":
         teacher.info |= {"trained_steps": [1]}
     teacher.save(tmp_path / "other", self_contained=True, dtype=torch.float16 if part == "rounded" else None)
-    result = command("pairs.py", "--model", tmp_path / "other" if part == "itself" else tiny / "flow", "--prompts", tmp_path / "prompts.txt", "--out", tmp_path / "pairs", "--device", "cpu",
+    result = command("pairs.py", "--model", tmp_path / "other" if part == "itself" else tiny / "flow",
+                     "--prompts", tmp_path / "prompts.txt", "--out", tmp_path / "pairs", "--device", "cpu",
                      "--finish", tmp_path / "other", "--finish-at", 0.3)
     if part == "rounded":
         assert result[0] == 0
     else:
-        assert one_line(result, *(["predicts velocity, not epsilon"] if part == "prediction" else ["--finish", "is no teacher of --model"]))
+        assert one_line(result, *(["predicts velocity, not epsilon"] if part == "prediction"
+                                  else ["--finish", "is no teacher of --model"]))
 
 
 def test_a_batch_is_its_items(made):
@@ -159,22 +172,28 @@ def test_a_batch_is_its_items(made):
     noise, latent, prompts = data.batch(np.array([41, 0, 8]))
     assert noise.shape == latent.shape == (3, 4, 8, 8)
     for row, i in enumerate((41, 0, 8)):
-        assert torch.equal(noise[row], data[i]["noise"]) and torch.equal(latent[row], data[i]["latent"]) and prompts[row] == data[i]["prompt"]
+        assert (torch.equal(noise[row], data[i]["noise"]) and torch.equal(latent[row], data[i]["latent"])
+                and prompts[row] == data[i]["prompt"])
 
 
 def test_a_shard_holds_a_name_and_a_checksum_in_place_of_noise(made):
     tensors = load_file(shard(5, made))
     assert {k: (v.dtype, tuple(v.shape)) for k, v in tensors.items() if not k.startswith("prompt")} == {
-        "latent": (torch.float16, (2, 4, 8, 8)), "seed": (torch.int64, (2,)), "index": (torch.int64, (2,)), "checksum": (torch.int64, (2,))}
+        "latent": (torch.float16, (2, 4, 8, 8)), "seed": (torch.int64, (2,)), "index": (torch.int64, (2,)),
+        "checksum": (torch.int64, (2,))}
     assert tensors["seed"].tolist() == [11, 11] and tensors["index"].tolist() == [40, 41]
-    assert tensors["checksum"].tolist() == [zlib.crc32(np.random.default_rng([1, 11, i]).standard_normal((4, 8, 8), dtype=np.float32).tobytes()) for i in (40, 41)]
+    assert tensors["checksum"].tolist() == [
+        zlib.crc32(np.random.default_rng([1, 11, i]).standard_normal((4, 8, 8), dtype=np.float32).tobytes())
+        for i in (40, 41)]
     info = pairs.PairDataset(made / "pairs").info
-    assert (info["number"], info["shard"], info["steps"], info["guidance"], info["sampler"], info["seed"]) == (NUMBER, SHARD, 3, 2.0, "dpm", 11)
+    assert ((info["number"], info["shard"], info["steps"], info["guidance"], info["sampler"], info["seed"])
+            == (NUMBER, SHARD, 3, 2.0, "dpm", 11))
 
 
 def test_one_pair_a_prompt_and_the_models_own_settings_by_default(command, tiny, tmp_path):
     write_prompts(tmp_path)
-    status, out, err = command("pairs.py", "--model", tiny / "flow", "--prompts", tmp_path / "prompts.txt", "--out", tmp_path / "pairs", "--device", "cpu", "--float32")
+    status, out, err = command("pairs.py", "--model", tiny / "flow", "--prompts", tmp_path / "prompts.txt",
+                               "--out", tmp_path / "pairs", "--device", "cpu", "--float32")
     assert status == 0
     data, model = pairs.PairDataset(tmp_path / "pairs"), InstaFlow.load(tiny / "flow")
     assert len(data) == 7 and [data[i]["prompt"] for i in range(7)] == PROMPTS
@@ -198,10 +217,13 @@ def test_pairs_of_another_size_are_refused(made):
 
 def test_three_processes_make_what_one_makes(made, tiny, tmp_path):
     write_prompts(tmp_path)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3", str(ROOT / "pairs.py")]
-    done = subprocess.run(torchrun + line(tiny, tmp_path), env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3",
+                str(ROOT / "pairs.py")]
+    done = subprocess.run(torchrun + line(tiny, tmp_path), env=os.environ | {"OMP_NUM_THREADS": "1"},
+                          capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert sorted(p.name for p in (tmp_path / "pairs").iterdir()) == sorted(p.name for p in (made / "pairs").iterdir())          # nothing else left, too
+    # nothing else left, too
+    assert sorted(p.name for p in (tmp_path / "pairs").iterdir()) == sorted(p.name for p in (made / "pairs").iterdir())
     indices = [i for k in range(6) for i in load_file(shard(k, tmp_path))["index"].tolist()]
     assert indices == list(range(NUMBER))                  # none lost, none twice, each where it belongs
     ours, one = pairs.PairDataset(tmp_path / "pairs"), pairs.PairDataset(made / "pairs")
@@ -221,23 +243,27 @@ def test_a_deleted_shard_is_named_and_made_again(made, copy, again, command, gon
         shard(number, copy).unlink()
     with pytest.raises(UserError, match="is missing") as error:
         pairs.PairDataset(copy / "pairs")
-    assert f"{shard(gone[0], copy)} is missing ({len(gone)} shards in all)" in str(error.value) and "\n" not in str(error.value)
+    assert (f"{shard(gone[0], copy)} is missing ({len(gone)} shards in all)" in str(error.value)
+            and "\n" not in str(error.value))
     kept = {p.name: p.stat().st_mtime_ns for p in (copy / "pairs").iterdir()}
     assert again()[0] == 0
     for number in range(6):
         ours, first = load_file(shard(number, copy)), load_file(shard(number, made))
         assert ours.keys() == first.keys() and all(torch.equal(v, first[k]) for k, v in ours.items())
         assert metadata(shard(number, copy)) == metadata(shard(number, made))
-    assert all((copy / "pairs" / name).stat().st_mtime_ns == time for name, time in kept.items())        # what was there was left alone
+    # what was there was left alone
+    assert all((copy / "pairs" / name).stat().st_mtime_ns == time for name, time in kept.items())
 
 
 def test_training_on_pairs_with_a_hole_is_one_line(copy, command, tiny):
     shard(2, copy).unlink()
     for script in ("train_reflow.py", "distill.py"):
-        assert one_line(command(script, "--model", tiny / "flow", "--pairs", copy / "pairs", "--out", copy / "out", "--device", "cpu"), script, shard(2, copy), "is missing")
+        assert one_line(command(script, "--model", tiny / "flow", "--pairs", copy / "pairs", "--out", copy / "out",
+                                "--device", "cpu"), script, shard(2, copy), "is missing")
     assert not (copy / "out").exists()
     for path in (copy / "nothing", copy):
-        assert one_line(command("distill.py", "--model", tiny / "flow", "--pairs", path, "--out", copy / "out", "--device", "cpu"), path, "holds no pairs")
+        assert one_line(command("distill.py", "--model", tiny / "flow", "--pairs", path, "--out", copy / "out",
+                                "--device", "cpu"), path, "holds no pairs")
 
 
 @pytest.mark.parametrize("number", [0, 3])
@@ -247,7 +273,8 @@ def test_a_truncated_shard_is_named(copy, again, number, size):
     with pytest.raises(UserError, match="is no whole shard") as error:
         data = pairs.PairDataset(copy / "pairs")
         data[number * SHARD]
-    assert str(shard(number, copy)) in str(error.value) and "delete it and run the same pairs.py line" in str(error.value) and "\n" not in str(error.value)
+    assert (str(shard(number, copy)) in str(error.value)
+            and "delete it and run the same pairs.py line" in str(error.value) and "\n" not in str(error.value))
     if number == 0:
         assert one_line(again(), shard(0, copy), "is no whole shard")
 
@@ -265,14 +292,17 @@ def test_shards_of_other_pairs_are_named(copy, command, tiny):
     save_file(tensors, shard(2, copy), {"format": "pt", "json": json.dumps(info | {"guidance": 3.0})})
     for change in (lambda: None, lambda: shard(2, copy).write_bytes(shard(3, copy).read_bytes())):
         change()
-        assert one_line(command("distill.py", "--model", tiny / "flow", "--pairs", copy / "pairs", "--out", copy / "out", "--device", "cpu"), shard(2, copy), "of other pairs")
+        assert one_line(command("distill.py", "--model", tiny / "flow", "--pairs", copy / "pairs",
+                                "--out", copy / "out", "--device", "cpu"), shard(2, copy), "of other pairs")
     shard(2, copy).write_bytes(original)
     shard(6, copy).write_bytes(original)
     with pytest.raises(UserError, match="of other pairs"):
         pairs.PairDataset(copy / "pairs")
 
 
-@pytest.mark.parametrize("change", [lambda tensors, info: tensors.pop("latent"), lambda tensors, info: info.pop("number"), lambda tensors, info: info.update(shard="8")])
+@pytest.mark.parametrize("change", [lambda tensors, info: tensors.pop("latent"),
+                                    lambda tensors, info: info.pop("number"),
+                                    lambda tensors, info: info.update(shard="8")])
 def test_a_file_that_is_no_shard_is_named(copy, change):
     tensors, info = load_file(shard(0, copy)), json.loads(metadata(shard(0, copy)))
     change(tensors, info)
@@ -295,15 +325,18 @@ def test_a_folder_is_its_name_however_it_is_written(again, copy, tiny):
 def test_training_over_its_own_model_is_refused(copy, command, tiny):
     for script in ("train_reflow.py", "distill.py"):
         for model in (tiny / "flow", f"{tiny / 'flow'}/"):
-            assert one_line(command(script, "--model", model, "--pairs", copy / "pairs", "--out", tiny / "flow", "--device", "cpu"), "--out", "--model itself")
-        assert one_line(command(script, "--model", tiny / "flow", "--pairs", copy / "pairs", "--out", "", "--device", "cpu"), "--out", "name is empty")
+            assert one_line(command(script, "--model", model, "--pairs", copy / "pairs", "--out", tiny / "flow",
+                                    "--device", "cpu"), "--out", "--model itself")
+        assert one_line(command(script, "--model", tiny / "flow", "--pairs", copy / "pairs", "--out", "",
+                                "--device", "cpu"), "--out", "name is empty")
 
 
 def test_a_trained_model_is_not_replaced(copy, command, tiny):
     """A shipped one: its training is not there, so none could go on."""
     models = Path(__file__).resolve().parent.parent / "models"
     for script in ("train_reflow.py", "distill.py"):
-        assert one_line(command(script, "--model", tiny / "flow", "--pairs", copy / "pairs", "--out", models / "mini-2rf", "--device", "cpu"), "mini-2rf", "trained model")
+        assert one_line(command(script, "--model", tiny / "flow", "--pairs", copy / "pairs",
+                                "--out", models / "mini-2rf", "--device", "cpu"), "mini-2rf", "trained model")
     assert one_line(command("mini.py", "teacher", "--out", models / "mini-sd"), "mini-sd", "trained model")
     assert one_line(command("judge.py", "train", "--out", models / "mini-judge"), "mini-judge", "trained model")
 
@@ -320,7 +353,8 @@ def test_a_wrong_checksum_is_named(copy, field):
     assert str(shard(2, copy)) in str(error.value) and "\n" not in str(error.value)
 
 
-OTHER = [("--steps", 4, "steps"), ("--guidance", 3, "guidance"), ("--seed", 12, "seed"), ("--number", 43, "number"), ("--shard", 7, "shard")]
+OTHER = [("--steps", 4, "steps"), ("--guidance", 3, "guidance"), ("--seed", 12, "seed"), ("--number", 43, "number"),
+         ("--shard", 7, "shard")]
 
 
 @pytest.mark.parametrize("flag, value, named", OTHER)
@@ -343,7 +377,8 @@ def test_how_many_at_a_time_is_no_setting(copy, again, made):
     shard(1, copy).unlink()
     assert again("--batch", 3)[0] == 0
     ours, one = pairs.PairDataset(copy / "pairs"), pairs.PairDataset(made / "pairs")
-    assert all((ours[i]["latent"] - one[i]["latent"]).abs().max() <= one[i]["latent"].abs().max() * 2 ** -10 for i in range(8, 16))
+    assert all((ours[i]["latent"] - one[i]["latent"]).abs().max() <= one[i]["latent"].abs().max() * 2 ** -10
+               for i in range(8, 16))
 
 
 def test_mistakes_in_the_command_line(again, copy, tiny):
@@ -353,9 +388,12 @@ def test_mistakes_in_the_command_line(again, copy, tiny):
     assert one_line(again("--prompts", copy / "none.txt"), copy / "none.txt")
     assert one_line(again("--model", copy / "none"), copy / "none", "no such model folder")
     (copy / "file").write_text("")
-    for words, named in ((["--out", copy / "file" / "pairs"], f"pairs.py: {copy / 'file'}"), (["--steps", 1000, "--out", copy / "other"], "pairs.py: steps is 1000")):
-        status, out, err = again(*words)                   # the second shows only when the work begins: below the progress bar
-        assert status == 2 and any(line.startswith(named) for line in re.split("[\r\n]", err)) and "Traceback" not in err
+    for words, named in ((["--out", copy / "file" / "pairs"], f"pairs.py: {copy / 'file'}"),
+                         (["--steps", 1000, "--out", copy / "other"], "pairs.py: steps is 1000")):
+        # the second shows only when the work begins: below the progress bar
+        status, out, err = again(*words)
+        assert (status == 2 and any(line.startswith(named) for line in re.split("[\r\n]", err))
+                and "Traceback" not in err)
 
 
 # --- prompts ---
@@ -365,12 +403,14 @@ def test_prompts_are_the_lines_of_a_file(tmp_path):
     path.write_bytes("\ufeff  first \r\n\n\t\nein grüner Ring 🟢\nlast".encode())
     prompts = cli.Prompts(path)
     assert len(prompts) == 3 and [prompts[i] for i in (2, 0, 1)] == ["last", "first", "ein grüner Ring 🟢"]
-    assert prompts.crc == zlib.crc32("first\nein grüner Ring 🟢\nlast".encode()) and list(prompts) == cli.read_prompts(path)
+    assert (prompts.crc == zlib.crc32("first\nein grüner Ring 🟢\nlast".encode())
+            and list(prompts) == cli.read_prompts(path))
 
 
 def test_json_lines_are_prompts_too(tmp_path):
     path, text = tmp_path / "prompts.jsonl", tmp_path / "prompts.txt"
-    lines = [json.dumps("a string"), "", json.dumps({"url": "x", "caption": "with a\nline break"}), json.dumps({"TEXT": "ünï", "id": 3}), json.dumps({"prompt": " "})]
+    lines = [json.dumps("a string"), "", json.dumps({"url": "x", "caption": "with a\nline break"}),
+             json.dumps({"TEXT": "ünï", "id": 3}), json.dumps({"prompt": " "})]
     path.write_text("\n".join(lines))
     prompts = cli.Prompts(path)
     assert list(prompts) == ["a string", "with a line break", "ünï"]
@@ -407,22 +447,26 @@ def test_millions_of_prompts_are_not_held(tmp_path):
 
 # --- parts and shards ---
 
-@pytest.mark.parametrize("number, shard", [(1, 1), (36, 20), (512, 1024), (513, 1024), (5000, 1300), (1_600_000, 32768)])
+@pytest.mark.parametrize("number, shard", [(1, 1), (36, 20), (512, 1024), (513, 1024), (5000, 1300),
+                                           (1_600_000, 32768)])
 def test_the_plan_covers_every_pair_once(number, shard):
     shards = list(pairs.plan(number, shard))
     assert [i for parts in shards for rows in parts for i in rows] == list(range(number))
     assert all(len(rows) <= pairs.PART for parts in shards for rows in parts)
-    assert [sum(map(len, parts)) for parts in shards] == [min(shard, number - start) for start in range(0, number, shard)]
+    assert ([sum(map(len, parts)) for parts in shards]
+            == [min(shard, number - start) for start in range(0, number, shard)])
 
 
 def test_a_shard_is_about_a_gigabyte_unless_told(command, tiny, tmp_path, copy, again):
     (tmp_path / "two.txt").write_text("a\nb\n")
-    assert command("pairs.py", "--model", tiny / "flow", "--prompts", tmp_path / "two.txt", "--out", tmp_path / "new", "--steps", 1, "--device", "cpu")[0] == 0
+    assert command("pairs.py", "--model", tiny / "flow", "--prompts", tmp_path / "two.txt",
+                   "--out", tmp_path / "new", "--steps", 1, "--device", "cpu")[0] == 0
     assert pairs.PairDataset(tmp_path / "new").info["shard"] == 2 ** 30 // (2 * 4 * 8 * 8)
     shard(1, copy).unlink()                                # a folder that was begun with another size goes on with it
     words = line(tiny, copy)
     at = words.index("--shard")
-    assert command("pairs.py", *words[:at], *words[at + 2:])[0] == 0 and len(pairs.PairDataset(copy / "pairs")) == NUMBER
+    assert (command("pairs.py", *words[:at], *words[at + 2:])[0] == 0
+            and len(pairs.PairDataset(copy / "pairs")) == NUMBER)
 
 
 def test_a_shard_cut_or_deleted_while_it_is_in_use_is_named(copy):
@@ -430,7 +474,8 @@ def test_a_shard_cut_or_deleted_while_it_is_in_use_is_named(copy):
     data = pairs.PairDataset(copy / "pairs")
     data[0], data[17]
     os.truncate(shard(2, copy), 100)
-    with pytest.raises(UserError, match="was changed while it was in use; delete it and run the same pairs.py line again") as error:
+    with pytest.raises(UserError, match="was changed while it was in use; "
+                                        "delete it and run the same pairs.py line again") as error:
         data[17]
     assert str(shard(2, copy)) in str(error.value)
     shard(3, copy).unlink()
@@ -460,7 +505,8 @@ def test_pairs_of_a_small_set_are_kept_and_of_a_large_one_are_not(made, monkeypa
     with monkeypatch.context() as patch:
         patch.setattr(pairs.PairDataset, "__getitem__", lambda *args: pytest.fail("read again"))
         noise, latent, prompts = data.batch([1, 3, 1])
-    assert all(torch.equal(x, row["noise"]) and torch.equal(y, row["latent"]) and prompt == row["prompt"] for x, y, prompt, row in zip(noise, latent, prompts, (one, three, one)))
+    assert all(torch.equal(x, row["noise"]) and torch.equal(y, row["latent"]) and prompt == row["prompt"]
+               for x, y, prompt, row in zip(noise, latent, prompts, (one, three, one)))
     monkeypatch.setattr(shards, "KEPT", len(data) * 8 * one["noise"].numel() - 1)
     data = pairs.PairDataset(made / "pairs")
     data.batch([3, 1])
@@ -468,14 +514,18 @@ def test_pairs_of_a_small_set_are_kept_and_of_a_large_one_are_not(made, monkeypa
 
 
 def test_pairs_of_other_weights_are_refused(made, copy, tiny, command):
-    data, teacher, flow = pairs.PairDataset(made / "pairs"), InstaFlow.load(tiny / "teacher"), InstaFlow.load(tiny / "flow")
+    data = pairs.PairDataset(made / "pairs")
+    teacher, flow = InstaFlow.load(tiny / "teacher"), InstaFlow.load(tiny / "flow")
     data.check(teacher, tiny / "teacher")
-    result = command("train_reflow.py", "--model", tiny / "flow", "--pairs", copy / "pairs", "--out", copy / "out", "--device", "cpu")
-    assert one_line(result, copy / "pairs", "was made by", "as its weights were then", tiny / "flow") and not (copy / "out").exists()
+    result = command("train_reflow.py", "--model", tiny / "flow", "--pairs", copy / "pairs", "--out", copy / "out",
+                     "--device", "cpu")
+    assert (one_line(result, copy / "pairs", "was made by", "as its weights were then", tiny / "flow")
+            and not (copy / "out").exists())
     flow.info["pairs"] = data.info                         # a student of these very pairs
     data.check(flow, tiny / "flow")
     with pytest.raises(UserError, match="was made by"):
-        data.check(flow, tiny / "flow", seen=False)        # distillation: the 2-rectified flow with the pairs it was trained on, not its own
+        # distillation: the 2-rectified flow with the pairs it was trained on, not its own
+        data.check(flow, tiny / "flow", seen=False)
     data.info.pop("weights")                               # pairs from before it was written down
     data.check(InstaFlow.load(tiny / "teacher"), tiny / "flow")
 
@@ -485,13 +535,19 @@ def test_pairs_of_other_weights_are_refused(made, copy, tiny, command):
 def test_verify_says_what_is_there(command, made, copy):
     status, out, err = command("pairs.py", "verify", "--pairs", made / "pairs")
     x = torch.cat([load_file(shard(k, made))["latent"] for k in range(6)]).float()
-    assert status == 0 and out.startswith(f"{made / 'pairs'}: 42 pairs in 6 shards, all as they should be; latents [4, 8, 8], mean {x.mean():.3f}, deviation {x.std(correction=0):.3f}; ")
+    assert status == 0 and out.startswith(
+        f"{made / 'pairs'}: 42 pairs in 6 shards, all as they should be; latents [4, 8, 8], "
+        f"mean {x.mean():.3f}, deviation {x.std(correction=0):.3f}; ")
     assert "3 dpm steps, guidance 2.0" in out
 
 
-SPOILT = [("checksum", lambda t: t["checksum"].__setitem__(3, 5), "was made from another noise"), ("latent", lambda t: t["latent"].__setitem__((1, 0, 0, 0), float("nan")), "the latent of pair 17 is not finite"),
-          ("index", lambda t: t["index"].__setitem__(1, 15), "does not hold the pairs 16 to 23"), ("prompt", lambda t: t["prompt"].__setitem__(0, 255), "not UTF-8"),
-          ("rows", lambda t: t.update({k: v[:4] for k, v in t.items() if k != "prompt"}), "does not hold the pairs 16 to 23")]
+SPOILT = [("checksum", lambda t: t["checksum"].__setitem__(3, 5), "was made from another noise"),
+          ("latent", lambda t: t["latent"].__setitem__((1, 0, 0, 0), float("nan")),
+           "the latent of pair 17 is not finite"),
+          ("index", lambda t: t["index"].__setitem__(1, 15), "does not hold the pairs 16 to 23"),
+          ("prompt", lambda t: t["prompt"].__setitem__(0, 255), "not UTF-8"),
+          ("rows", lambda t: t.update({k: v[:4] for k, v in t.items() if k != "prompt"}),
+           "does not hold the pairs 16 to 23")]
 
 
 @pytest.mark.parametrize("change, said", [row[1:] for row in SPOILT], ids=[row[0] for row in SPOILT])
@@ -520,7 +576,8 @@ def test_verify_names_what_is_missing(command, copy):
 def test_preview_decodes_pairs_under_their_prompts(command, made, tiny, tmp_path, monkeypatch):
     shown = []
     monkeypatch.setattr(pairs, "grid", lambda rows, labels, columns: shown.append((rows, columns)) or rows[0][0])
-    status, out, err = command("pairs.py", "preview", "--pairs", made / "pairs", "--out", tmp_path / "p.png", "--number", 3, "--device", "cpu")
+    status, out, err = command("pairs.py", "preview", "--pairs", made / "pairs", "--out", tmp_path / "p.png",
+                               "--number", 3, "--device", "cpu")
     assert status == 0 and out == f"{tmp_path / 'p.png'}\n" and Image.open(tmp_path / "p.png").size == (16, 16)
     (pictures,), columns = shown[0]
     assert columns == [f"{i}: {PROMPTS[i % 7]}" for i in (0, 20, 41)]
@@ -533,4 +590,5 @@ def test_mistakes_of_verify_and_preview(command, made, tmp_path):
     assert one_line(command("pairs.py", "verify"), "pairs.py verify", "--pairs")
     assert one_line(command("pairs.py", "verify", "--pairs", tmp_path), tmp_path, "holds no pairs")
     assert one_line(command("pairs.py", "preview", "--pairs", made / "pairs", "--out", "p.jpg"), "--out p.jpg")
-    assert one_line(command("pairs.py", "preview", "--pairs", made / "pairs", "--model", tmp_path / "none"), tmp_path / "none")
+    assert one_line(command("pairs.py", "preview", "--pairs", made / "pairs", "--model", tmp_path / "none"),
+                    tmp_path / "none")

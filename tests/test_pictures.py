@@ -58,10 +58,12 @@ def test_grey_alpha_palette_and_jpeg_are_read_as_rgb(tmp_path, capsys):
     transparent.save(tmp_path / "alpha.png")
     colour.quantize(16).save(tmp_path / "palette.png")
     colour.save(tmp_path / "photo.jpg")
-    read = {name: pictures.read_picture(tmp_path / name, seen) for name in ("grey.png", "palette.png", "alpha.png", "photo.jpg")}
+    read = {name: pictures.read_picture(tmp_path / name, seen)
+            for name in ("grey.png", "palette.png", "alpha.png", "photo.jpg")}
     assert all(image.mode == "RGB" for image in read.values())
     assert np.array_equal(read["grey.png"], colour.convert("L").convert("RGB"))
-    assert np.array_equal(read["alpha.png"], colour)                             # what pytorch-fid's convert("RGB") gives
+    # what pytorch-fid's convert("RGB") gives
+    assert np.array_equal(read["alpha.png"], colour)
     assert np.array_equal(read["palette.png"], colour.quantize(16).convert("RGB"))
     assert np.array_equal(read["photo.jpg"], Image.open(tmp_path / "photo.jpg").convert("RGB"))
     assert seen == {"size": (20, 10), "alpha": tmp_path / "alpha.png", "jpeg": tmp_path / "photo.jpg"}
@@ -69,7 +71,8 @@ def test_grey_alpha_palette_and_jpeg_are_read_as_rgb(tmp_path, capsys):
     pictures.read_picture(tmp_path / "tall.png", seen)
     pictures.warn_of(seen, "F", None, generated=True)
     lines = capsys.readouterr().err.splitlines()
-    assert [word in line for word, line in zip(("alpha.png", "photo.jpg", "tall.png"), lines, strict=True)] == [True] * 3
+    assert ([word in line for word, line in zip(("alpha.png", "photo.jpg", "tall.png"), lines, strict=True)]
+            == [True] * 3)
     pictures.warn_of(seen, "F", 32, generated=False)
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 2 and "alpha.png" in lines[0] and "20 x 10 px and are enlarged to 32" in lines[1]
@@ -81,7 +84,8 @@ def test_what_is_no_picture_is_named(tmp_path):
     (tmp_path / "text.png").write_text("no picture")
     (tmp_path / "empty.jpg").write_bytes(b"")
     Image.fromarray(np.arange(4000, dtype=np.uint16).reshape(50, 80)).save(tmp_path / "deep.png")
-    for name, named in (("cut.png", "is no whole picture"), ("text.png", "is no whole picture"), ("empty.jpg", "is no whole picture"), ("deep.png", "more than 8 bits")):
+    for name, named in (("cut.png", "is no whole picture"), ("text.png", "is no whole picture"),
+                        ("empty.jpg", "is no whole picture"), ("deep.png", "more than 8 bits")):
         with pytest.raises(UserError, match=named) as error:
             pictures.read_picture(tmp_path / name, {})
         assert str(tmp_path / name) in str(error.value)
@@ -126,9 +130,12 @@ def test_batches_of_a_folder(tmp_path):
 
 # --- captions ---
 
-COCO = {"images": [{"id": 30, "file_name": "000000000030.jpg"}, {"id": 7, "file_name": "000000000007.jpg"}, {"id": 12, "file_name": "000000000012.jpg"}, {"id": 99, "file_name": "x.jpg"}],
-        "annotations": [{"id": 5, "image_id": 7, "caption": " seven, first \n"}, {"id": 1, "image_id": 30, "caption": "thirty"},
-                        {"id": 2, "image_id": 7, "caption": "seven, second"}, {"id": 3, "image_id": 12, "caption": "twelve"}]}
+COCO = {"images": [{"id": 30, "file_name": "000000000030.jpg"}, {"id": 7, "file_name": "000000000007.jpg"},
+                   {"id": 12, "file_name": "000000000012.jpg"}, {"id": 99, "file_name": "x.jpg"}],
+        "annotations": [{"id": 5, "image_id": 7, "caption": " seven, first \n"},
+                        {"id": 1, "image_id": 30, "caption": "thirty"},
+                        {"id": 2, "image_id": 7, "caption": "seven, second"},
+                        {"id": 3, "image_id": 12, "caption": "twelve"}]}
 
 
 def test_coco_gives_the_first_caption_of_each_image(tmp_path):
@@ -141,7 +148,8 @@ def test_coco_gives_the_first_caption_of_each_image(tmp_path):
 
 def test_fewer_of_coco_are_drawn_once_and_for_all(tmp_path):
     path = tmp_path / "captions_val.json"
-    path.write_text(json.dumps({"images": [{"id": i, "file_name": f"{i}.jpg"} for i in range(300)], "annotations": [{"image_id": i, "caption": f"c{i}"} for i in range(300)]}))
+    path.write_text(json.dumps({"images": [{"id": i, "file_name": f"{i}.jpg"} for i in range(300)],
+                                "annotations": [{"image_id": i, "caption": f"c{i}"} for i in range(300)]}))
     drawn = pictures.read_captions(path, 100)
     numbers = [int(name) for name, _ in drawn]
     assert len(drawn) == 100 and numbers == sorted(set(numbers)) and drawn == pictures.read_captions(path, 100)
@@ -150,17 +158,20 @@ def test_fewer_of_coco_are_drawn_once_and_for_all(tmp_path):
 
 
 def test_json_lines_and_text(tmp_path):
-    (tmp_path / "a.jsonl").write_text('{"caption": "ein grüner Ring"}\n\n{"prompt": "b", "seed": 3}\n{"text": "c", "file_name": "d/x.png"}\n"plain"\n', encoding="utf-8")
-    assert pictures.read_captions(tmp_path / "a.jsonl") == [(None, "ein grüner Ring"), (None, "b"), ("x", "c"), (None, "plain")]
+    (tmp_path / "a.jsonl").write_text('{"caption": "ein grüner Ring"}\n\n{"prompt": "b", "seed": 3}\n'
+                                      '{"text": "c", "file_name": "d/x.png"}\n"plain"\n', encoding="utf-8")
+    assert pictures.read_captions(tmp_path / "a.jsonl") == [
+        (None, "ein grüner Ring"), (None, "b"), ("x", "c"), (None, "plain")]
     assert pictures.read_captions(tmp_path / "a.jsonl", 2) == [(None, "ein grüner Ring"), (None, "b")]
     (tmp_path / "a.txt").write_text("one\n\n two \n")
     assert pictures.read_captions(tmp_path / "a.txt") == [(None, "one"), (None, "two")]
 
 
 @pytest.mark.parametrize("name, text, named", [
-    ("a.json", "{", "no COCO captions file"), ("a.json", '["a"]', "no COCO captions file"), ("a.json", '{"images": []}', "'annotations'"),
-    ("a.json", '{"images": [], "annotations": []}', "holds no caption"), ("a.jsonl", '"a"\n{"label": 3}\n', "line 2"), ("a.jsonl", "a red circle\n", "line 1"), ("a.txt", "\n", "holds no prompt"),
-    ("none.json", None, "no such file"), ("none.txt", None, "no such")])
+    ("a.json", "{", "no COCO captions file"), ("a.json", '["a"]', "no COCO captions file"),
+    ("a.json", '{"images": []}', "'annotations'"), ("a.json", '{"images": [], "annotations": []}', "holds no caption"),
+    ("a.jsonl", '"a"\n{"label": 3}\n', "line 2"), ("a.jsonl", "a red circle\n", "line 1"),
+    ("a.txt", "\n", "holds no prompt"), ("none.json", None, "no such file"), ("none.txt", None, "no such")])
 def test_captions_that_cannot_be_read_are_named(tmp_path, name, text, named):
     if text is not None:
         (tmp_path / name).write_text(text)

@@ -28,14 +28,22 @@ ROOT = Path(__file__).resolve().parent.parent
 PROMPTS = ["a red circle", "a small yellow star", "ein grüner Ring", "a blue square", "日本の桜"]
 TRAINING = ["--batch", "4", "--warmup", "2", "--ema", "0.8", "--log-every", "1", "--device", "cpu"]
 STAGES = {                                                 # the README's lines, short
-    "pairs": ("pairs.py", "--model models/teacher --prompts prompts.txt --steps 3 --guidance 2 --number 22 --shard 4 --batch 3 --device cpu --out pairs/first".split()),
-    "reflow": ("train_reflow.py", ["--model", "models/teacher", "--pairs", "pairs/first", "--out", "models/2rf", "--iterations", "12", "--lr", "3e-3", "--save-every", "3", "--sample-every", "12", *TRAINING]),
-    "pairs 2": ("pairs.py", "--model models/2rf --prompts prompts.txt --steps 3 --guidance 6 --number 22 --shard 4 --device cpu --out pairs/second".split()),
-    "distill": ("distill.py", ["--model", "models/2rf", "--pairs", "pairs/second", "--out", "models/l2", "--iterations", "28", "--lr", "3e-3", "--save-every", "6", "--sample-every", "28", *TRAINING]),
-    "lpips": ("distill.py", ["--model", "models/l2", "--pairs", "pairs/second", "--out", "models/instaflow", "--loss", "lpips", "--vgg", "vgg.safetensors", "--lpips-size", "24",
+    "pairs": ("pairs.py", ("--model models/teacher --prompts prompts.txt --steps 3 --guidance 2 --number 22 --shard 4 "
+                           "--batch 3 --device cpu --out pairs/first").split()),
+    "reflow": ("train_reflow.py", ["--model", "models/teacher", "--pairs", "pairs/first", "--out", "models/2rf",
+                                   "--iterations", "12", "--lr", "3e-3", "--save-every", "3", "--sample-every", "12",
+                                   *TRAINING]),
+    "pairs 2": ("pairs.py", ("--model models/2rf --prompts prompts.txt --steps 3 --guidance 6 --number 22 --shard 4 "
+                             "--device cpu --out pairs/second").split()),
+    "distill": ("distill.py", ["--model", "models/2rf", "--pairs", "pairs/second", "--out", "models/l2",
+                               "--iterations", "28", "--lr", "3e-3", "--save-every", "6", "--sample-every", "28",
+                               *TRAINING]),
+    "lpips": ("distill.py", ["--model", "models/l2", "--pairs", "pairs/second", "--out", "models/instaflow",
+                             "--loss", "lpips", "--vgg", "vgg.safetensors", "--lpips-size", "24",
                              "--iterations", "24", "--lr", "1e-3", "--cosine", "--save-every", "10", *TRAINING]),
 }
-TYPED = ("reflow", "distill")                              # run by `python script.py ...`; the others by a process that spares seconds of importing
+# run by `python script.py ...`; the others by a process that spares seconds of importing
+TYPED = ("reflow", "distill")
 OUT = {stage: words[words.index("--out") + 1] for stage, (_, words) in STAGES.items()}
 
 
@@ -57,7 +65,8 @@ def processes():
         patch.setenv("OMP_NUM_THREADS", "1")
         patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]))
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["open_clip.transformer", "matplotlib.pyplot", "train_reflow", "distill", "test_pipeline"])
+        context.set_forkserver_preload(["open_clip.transformer", "matplotlib.pyplot", "train_reflow", "distill",
+                                        "test_pipeline"])
         yield context
 
 
@@ -71,7 +80,8 @@ def pipeline(processes, tiny, tmp_path_factory):
     save_file(random_vgg((4, 4, 8, 8, 8)), folder / "vgg.safetensors")
     for stage, (script, words) in STAGES.items():
         if stage in TYPED:
-            done = subprocess.run([sys.executable, ROOT / script, *words], cwd=folder, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+            done = subprocess.run([sys.executable, ROOT / script, *words], cwd=folder,
+                                  env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
             status, output = done.returncode, done.stdout + done.stderr
         else:
             process = processes.Process(target=run_stage, args=(folder, stage))
@@ -104,7 +114,8 @@ def test_reflow_brings_the_velocity_nearer_to_its_pairs(pipeline, models):
     x0, x1, text = everything(PairDataset(pipeline / "pairs" / "first"), models["teacher"])
     losses = []
     for name in ("teacher", "2rf"):
-        with torch.no_grad():                              # equation 2 at fixed times; the teacher's U-Net as it is, as the initialisation takes it
+        # equation 2 at fixed times; the teacher's U-Net as it is, as the initialisation takes it
+        with torch.no_grad():
             v = [models[name].unet((1 - t) * x0 + t * x1, 1000 * (1 - t), text) for t in (0.0, 0.3, 0.6, 0.9)]
         losses.append(torch.stack([(x1 - x0 - u).square().mean() for u in v]).mean().item())
     assert losses[1] < 0.97 * losses[0]
@@ -115,7 +126,8 @@ def test_reflow_brings_the_velocity_nearer_to_its_pairs(pipeline, models):
     with torch.no_grad():
         text = torch.where(torch.from_numpy(dropped)[:, None, None], null, text[rows])
         loss = flows.flow_loss(lambda x, t: models["teacher"].unet(x, timestep(t), text), x0[rows], x1[rows], t).item()
-    assert line["step"] == 1 and line["loss"] == pytest.approx(loss, rel=0.03)                     # bf16, where the processor has it
+    # bf16, where the processor has it
+    assert line["step"] == 1 and line["loss"] == pytest.approx(loss, rel=0.03)
 
 
 def test_distillation_brings_one_step_nearer_to_the_paths_end(pipeline, models):
@@ -134,12 +146,14 @@ def test_distillation_with_lpips_brings_pictures_nearer(pipeline, models):
     with torch.no_grad():
         wanted = resize(models["2rf"].vae.decode(x1 / 0.18215))
         for name in ("l2", "instaflow"):
-            losses.append(distance(resize(models[name].vae.decode((x0 + models[name].unet(x0, 1000.0, text)) / 0.18215)), wanted).mean().item())
+            losses.append(distance(resize(
+                models[name].vae.decode((x0 + models[name].unet(x0, 1000.0, text)) / 0.18215)), wanted).mean().item())
     assert losses[1] < 0.95 * losses[0]
 
 
 def test_l2_beside_lpips(pipeline, command, monkeypatch, tmp_path):
-    """The loss is LPIPS + 2 L2, each of which a run of its own has shown: all start at the same student and pairs, in float32."""
+    """The loss is LPIPS + 2 L2, each of which a run of its own has shown: all start at the same student and pairs, in
+    float32."""
     shutil.copytree(pipeline, tmp_path / "p")
     monkeypatch.chdir(tmp_path / "p")
     words = [*STAGES["lpips"][1], "--iterations", "1", "--float32"]
@@ -164,8 +178,10 @@ def test_distillation_by_the_square_and_by_pseudo_huber(pipeline, command, monke
     squares, c = (error ** 2).sum(1), 0.00054 * error.shape[1]
     wanted = {"l2": squares.mean() / error.shape[1], "huber": (np.sqrt(squares + c ** 2) - c).mean() / error.shape[1]}
     for loss, value in wanted.items():
-        assert command("distill.py", *STAGES["distill"][1], "--iterations", "1", "--float32", "--loss", loss, "--out", f"models/{loss}-1")[0] == 0
-        assert json.loads(Path(f"models/{loss}-1/training/log.jsonl").read_text())["loss"] == pytest.approx(value, rel=1e-4)
+        assert command("distill.py", *STAGES["distill"][1], "--iterations", "1", "--float32", "--loss", loss,
+                       "--out", f"models/{loss}-1")[0] == 0
+        assert (json.loads(Path(f"models/{loss}-1/training/log.jsonl").read_text())["loss"]
+                == pytest.approx(value, rel=1e-4))
     assert wanted["huber"] < 0.9 * wanted["l2"]            # so that one is not the other
 
 
@@ -173,14 +189,18 @@ def test_a_training_that_diverges_is_not_saved(pipeline, command, monkeypatch, t
     """Neither its weights, nor a checkpoint while its steps are skipped in place of those before."""
     shutil.copytree(pipeline, tmp_path / "p")
     monkeypatch.chdir(tmp_path / "p")
-    words = ["--model", "models/teacher", "--pairs", "pairs/first", "--iterations", "6", "--save-every", "2", "--sample-every", "99", *TRAINING]
+    words = ["--model", "models/teacher", "--pairs", "pairs/first", "--iterations", "6",
+             "--save-every", "2", "--sample-every", "99", *TRAINING]
     status, _, err = command("train_reflow.py", *words, "--out", "models/lost", "--lr", "1e30")
-    assert status == 2 and "the training diverged: at iteration" in err and "lower --lr" in err and not list(Path("models/lost").rglob("*.safetensors"))
+    assert (status == 2 and "the training diverged: at iteration" in err and "lower --lr" in err
+            and not list(Path("models/lost").rglob("*.safetensors")))
     step = training.optimiser_step
-    monkeypatch.setattr(training, "optimiser_step", lambda *of: step(*of) if optimised.append(1) or len(optimised) < 3 else float("inf"))
+    monkeypatch.setattr(training, "optimiser_step",
+                        lambda *of: step(*of) if optimised.append(1) or len(optimised) < 3 else float("inf"))
     optimised = []
     assert command("train_reflow.py", *words, "--out", "models/skipping", "--lr", "1e-4")[0] == 0
-    assert sorted(path.name for path in Path("models/skipping/training").glob("*.safetensors")) == ["step-00000002.safetensors", "step-00000006.safetensors"]
+    assert (sorted(path.name for path in Path("models/skipping/training").glob("*.safetensors"))
+            == ["step-00000002.safetensors", "step-00000006.safetensors"])
 
 
 @pytest.mark.parametrize("name", ["folder", "file.safetensors"])
@@ -190,12 +210,16 @@ def test_a_teacher_that_does_not_say_what_it_predicts(tiny, command, tmp_path, n
     if name == "folder":
         (tmp_path / name / "instaflow.json").unlink()
     else:
-        told = {key: value for key, value in single_file.facts(tmp_path / name).items() if key != "info"}          # the sizes alone: without them it would be read as Stable Diffusion 1.x's
+        # the sizes alone: without them it would be read as Stable Diffusion 1.x's
+        told = {key: value for key, value in single_file.facts(tmp_path / name).items() if key != "info"}
         save_file(load_file(tmp_path / name), tmp_path / name, {"format": "pt", "instaflow": json.dumps(told)})
     (tmp_path / "prompts.txt").write_text("a\nb\n")
-    model, pairs, short = ["--model", tmp_path / name], ["--pairs", tmp_path / "pairs"], ["--iterations", "1", "--batch", "2", "--device", "cpu"]
-    lines = {"pairs.py": [*model, "--prompts", tmp_path / "prompts.txt", "--steps", "2", "--guidance", "2", "--out", tmp_path / "pairs", "--device", "cpu"],
-             "train_reflow.py": [*model, *pairs, "--out", tmp_path / "2rf", *short], "distill.py": [*model, *pairs, "--out", tmp_path / "student", *short]}
+    model, pairs = ["--model", tmp_path / name], ["--pairs", tmp_path / "pairs"]
+    short = ["--iterations", "1", "--batch", "2", "--device", "cpu"]
+    lines = {"pairs.py": [*model, "--prompts", tmp_path / "prompts.txt", "--steps", "2", "--guidance", "2",
+                          "--out", tmp_path / "pairs", "--device", "cpu"],
+             "train_reflow.py": [*model, *pairs, "--out", tmp_path / "2rf", *short],
+             "distill.py": [*model, *pairs, "--out", tmp_path / "student", *short]}
     for script, words in lines.items():
         assert one_line(command(script, *words), name, "give --prediction")
         assert command(script, *words, "--prediction", "epsilon")[0] == 0
@@ -206,19 +230,23 @@ def test_a_teacher_that_does_not_say_what_it_predicts(tiny, command, tmp_path, n
 
 @pytest.mark.parametrize("steps", (1, 2, 3, 4, 8))
 def test_half_the_starts_are_noise(steps):
-    """And the others' are as likely as each other; in one step all are. 24,000 draws: four binomial deviations are at most 0.013."""
+    """And the others' are as likely as each other; in one step all are. 24,000 draws: four binomial deviations are at
+    most 0.013."""
     times, counted = start_times(24_000, steps, np.random.default_rng(0)).unique(return_counts=True)
     wanted = [1.0] if steps == 1 else [0.5] + (steps - 1) * [0.5 / (steps - 1)]
-    assert times.tolist() == pytest.approx([i / steps for i in range(steps)]) and (counted / 24_000).tolist() == pytest.approx(wanted, abs=0.013)
+    assert (times.tolist() == pytest.approx([i / steps for i in range(steps)])
+            and (counted / 24_000).tolist() == pytest.approx(wanted, abs=0.013))
 
 
 def test_a_student_of_several_steps(pipeline, command, monkeypatch, tmp_path):
     """The first loss by hand, from the pair's line; then nearer to the end from each of the times."""
     shutil.copytree(pipeline, tmp_path / "p")
     monkeypatch.chdir(tmp_path / "p")
-    words = [*STAGES["distill"][1], "--float32", "--model", "models/teacher", "--pairs", "pairs/first", "--out", "models/several", "--steps", "4"]
+    words = [*STAGES["distill"][1], "--float32", "--model", "models/teacher", "--pairs", "pairs/first",
+             "--out", "models/several", "--steps", "4"]
     assert command("distill.py", *words)[0] == 0
-    start, student, data = InstaFlow.load("models/teacher"), InstaFlow.load("models/several"), PairDataset("pairs/first")
+    start, student = InstaFlow.load("models/teacher"), InstaFlow.load("models/several")
+    data = PairDataset("pairs/first")
     assert student.info["steps"] == 1 and student.info["trained_steps"] == [1, 2, 4]
     x0, x1, text = everything(data, start)
 
@@ -227,7 +255,8 @@ def test_a_student_of_several_steps(pipeline, command, monkeypatch, tmp_path):
             s = t[:, None, None, None]
             x = (1 - s) * x0[rows] + s * x1[rows]
             return (x + (1 - s) * model.unet(x, 1000 * (1 - t), text[rows]) - x1[rows]).square().mean().item()
-    rows, line = training.batch_indices(0, 0, 4, 22), json.loads(Path("models/several/training/log.jsonl").read_text().splitlines()[0])
+    rows = training.batch_indices(0, 0, 4, 22)
+    line = json.loads(Path("models/several/training/log.jsonl").read_text().splitlines()[0])
     t = torch.tensor(training.step_generator(0, 0).integers(-2, 4, size=4).clip(0) / 4, dtype=torch.float32)
     assert len(set(t.tolist())) > 1 and line["loss"] == pytest.approx(error(start, rows, t), rel=1e-4)
     for k in range(4):
@@ -238,15 +267,19 @@ def test_a_student_of_several_steps(pipeline, command, monkeypatch, tmp_path):
 
 
 def test_a_stacked_student(pipeline, command, monkeypatch, tmp_path):
-    """Two halves that start as the 2-rectified flow and end apart; L2, then LPIPS; one step brings it nearer to the path's end."""
+    """Two halves that start as the 2-rectified flow and end apart; L2, then LPIPS; one step brings it nearer to the
+    path's end."""
     shutil.copytree(pipeline, tmp_path / "p")
     monkeypatch.chdir(tmp_path / "p")
     words = [*STAGES["distill"][1], "--stacked"]
     words[words.index("--out") + 1] = "models/stacked-l2"
     assert command("distill.py", *words)[0] == 0
-    student, start, data = InstaFlow.load("models/stacked-l2"), InstaFlow.load("models/2rf"), PairDataset("pairs/second")
-    assert json.loads(Path("models/stacked-l2/unet/config.json").read_text())["stacked"] is True and student.info["trained_steps"] == [1]
-    assert {k.split(".")[0] for k in load_file("models/stacked-l2/unet/diffusion_pytorch_model.safetensors")} == {"first", "second"}
+    student, start = InstaFlow.load("models/stacked-l2"), InstaFlow.load("models/2rf")
+    data = PairDataset("pairs/second")
+    assert (json.loads(Path("models/stacked-l2/unet/config.json").read_text())["stacked"] is True
+            and student.info["trained_steps"] == [1])
+    assert ({k.split(".")[0] for k in load_file("models/stacked-l2/unet/diffusion_pytorch_model.safetensors")}
+            == {"first", "second"})
     first, second = student.unet.first.state_dict(), student.unet.second.state_dict()
     assert any(not torch.equal(v, second[k]) for k, v in first.items() if k in second)
     from unet import StackedUNet
@@ -267,9 +300,12 @@ def test_exact_initialisation(pipeline, command, monkeypatch, tmp_path):
     """With --exact both stages start at the teacher's own flow, by hand here, and stay noise predictors."""
     shutil.copytree(pipeline, tmp_path / "p")
     monkeypatch.chdir(tmp_path / "p")
-    teacher, (x0, x1, text) = InstaFlow.load("models/teacher"), everything(PairDataset("pairs/first"), InstaFlow.load("models/teacher"))
-    for stage, script, out in (("reflow", "train_reflow.py", "models/exact-2rf"), ("distill", "distill.py", "models/exact-student")):
-        words = [*STAGES[stage][1], "--exact", "--model", "models/teacher", "--pairs", "pairs/first", "--out", out, "--drop", "0", "--lr", "1e-4"]
+    teacher = InstaFlow.load("models/teacher")
+    x0, x1, text = everything(PairDataset("pairs/first"), InstaFlow.load("models/teacher"))
+    for stage, script, out in (("reflow", "train_reflow.py", "models/exact-2rf"),
+                               ("distill", "distill.py", "models/exact-student")):
+        words = [*STAGES[stage][1], "--exact", "--model", "models/teacher", "--pairs", "pairs/first", "--out", out,
+                 "--drop", "0", "--lr", "1e-4"]
         if stage == "distill":
             words[words.index("--drop"):words.index("--drop") + 2] = []
         assert command(script, *words)[0] == 0
@@ -278,7 +314,8 @@ def test_exact_initialisation(pipeline, command, monkeypatch, tmp_path):
         t = flows.sample_time(4, "uniform", training.step_generator(0, 0)) if stage == "reflow" else torch.zeros(4)
         bar = np.cumprod(1 - np.linspace(0.00085 ** 0.5, 0.012 ** 0.5, 1000) ** 2)
         a, b = np.sqrt(bar), np.sqrt(1 - bar)
-        index = np.interp(t.numpy(), (a / (a + b))[::-1], np.arange(1000)[::-1])         # where a : b is t : 1 - t, held at the schedule's ends
+        # where a : b is t : 1 - t, held at the schedule's ends
+        index = np.interp(t.numpy(), (a / (a + b))[::-1], np.arange(1000)[::-1])
         a, b = (torch.from_numpy(np.interp(index, np.arange(1000), y)).float().reshape(4, 1, 1, 1) for y in (a, b))
         s = t.reshape(4, 1, 1, 1)
         x = ((1 - s) * x0[rows] + s * x1[rows]) * ((a ** 2 + b ** 2) / (s ** 2 + (1 - s) ** 2)).sqrt()
@@ -291,25 +328,33 @@ def test_exact_initialisation(pipeline, command, monkeypatch, tmp_path):
         errors = [float(flows.flow_loss(lambda x, t: m.velocity(x, t, text), x0, x1, s)) for m in (teacher, model)]
         assert errors[1] < 0.97 * errors[0]
     exact, wrong = "was trained with --exact", "predicts the velocity"
-    for script, model, pairs, flag, words in (("train_reflow.py", "exact-2rf", "first", [], exact), ("distill.py", "exact-student", "first", [], exact),
-                                              ("train_reflow.py", "2rf", "second", ["--exact"], wrong), ("distill.py", "2rf", "second", ["--exact"], wrong)):
-        assert one_line(command(script, "--model", f"models/{model}", "--pairs", f"pairs/{pairs}", "--out", "models/none", *TRAINING, *flag), words)
-    stacked = ["--model", "models/exact-student", "--pairs", "pairs/first", *TRAINING, "--iterations", "2", "--stacked"]       # starts at no flow, so there is none to stay at
-    assert one_line(command("distill.py", *stacked, "--exact", "--out", "models/none"), "two U-Nets in series do not start there; leave it out")
+    for script, model, pairs, flag, words in (("train_reflow.py", "exact-2rf", "first", [], exact),
+                                              ("distill.py", "exact-student", "first", [], exact),
+                                              ("train_reflow.py", "2rf", "second", ["--exact"], wrong),
+                                              ("distill.py", "2rf", "second", ["--exact"], wrong)):
+        assert one_line(command(script, "--model", f"models/{model}", "--pairs", f"pairs/{pairs}",
+                                "--out", "models/none", *TRAINING, *flag), words)
+    # starts at no flow, so there is none to stay at
+    stacked = ["--model", "models/exact-student", "--pairs", "pairs/first", *TRAINING, "--iterations", "2", "--stacked"]
+    assert one_line(command("distill.py", *stacked, "--exact", "--out", "models/none"),
+                    "two U-Nets in series do not start there; leave it out")
     assert not Path("models/none").exists()
     assert command("distill.py", *stacked, "--out", "models/stacked")[0] == 0
     assert InstaFlow.load("models/stacked").info["prediction"] == "velocity"
 
 
 def test_what_the_folders_say(pipeline, models):
-    assert {k: models["2rf"].info[k] for k in ("prediction", "sampler", "steps", "guidance", "base")} == {"prediction": "velocity", "sampler": "euler", "steps": 25, "guidance": 1.5, "base": "../teacher"}
+    assert {k: models["2rf"].info[k] for k in ("prediction", "sampler", "steps", "guidance", "base")} == {
+        "prediction": "velocity", "sampler": "euler", "steps": 25, "guidance": 1.5, "base": "../teacher"}
     assert models["2rf"].info["trained_steps"] == []
     for name, stage in (("l2", "distill"), ("instaflow", "lpips")):
         info = models[name].info
         assert {k: info[k] for k in ("prediction", "sampler", "steps", "guidance", "trained_steps", "base")} == {
-            "prediction": "velocity", "sampler": "euler", "steps": 1, "guidance": 1.0, "trained_steps": [1], "base": "../teacher"}
+            "prediction": "velocity", "sampler": "euler", "steps": 1, "guidance": 1.0, "trained_steps": [1],
+            "base": "../teacher"}
         assert info["pairs"]["model"] == "models/2rf" and info["pairs"]["guidance"] == 6
-        assert info["made"]["command"].startswith("python ") and info["made"]["command"].endswith(" ".join(STAGES[stage][1]))
+        assert (info["made"]["command"].startswith("python ")
+                and info["made"]["command"].endswith(" ".join(STAGES[stage][1])))
         assert info["made"]["seconds"] >= 0 and info["made"]["seed"] == 0 and info["made"]["processes"] == 1
     for name in ("2rf", "l2", "instaflow"):
         assert {p.name for p in (pipeline / "models" / name).iterdir()} == {"training", "unet", "instaflow.json"}
@@ -334,15 +379,18 @@ def test_log_plot_and_samples(pipeline):
         assert all(np.isfinite(line["loss"]) and line["gradient"] > 0 for line in lines)
         assert ("loss_by_t" in lines[-1]) == (stage == "reflow")             # distillation knows only t = 0
         folder = pipeline / OUT[stage] / "training"
-        files = {"log.jsonl", "log.png"} | {f"step-{s:08d}.safetensors" for s in {"reflow": (9, 12), "distill": (24, 28), "lpips": (20, 24)}[stage]}
-        assert {p.name for p in folder.iterdir()} == files | ({f"samples-{count:06d}.png"} if stage != "lpips" else set())
+        files = {"log.jsonl", "log.png"} | {
+            f"step-{s:08d}.safetensors" for s in {"reflow": (9, 12), "distill": (24, 28), "lpips": (20, 24)}[stage]}
+        assert ({p.name for p in folder.iterdir()}
+                == files | ({f"samples-{count:06d}.png"} if stage != "lpips" else set()))
 
 
 def test_a_run_that_has_ended_can_be_run_again(pipeline, tmp_path, command, monkeypatch):
     monkeypatch.chdir(shutil.copytree(pipeline, tmp_path / "p"))
     for stage in ("reflow", "distill"):
         before = {p: load_file(pipeline / p) for p in Path(OUT[stage]).rglob("*.safetensors")}
-        shutil.rmtree(f"{OUT[stage]}/unet")                                  # killed after the last checkpoint, before the model was saved
+        # killed after the last checkpoint, before the model was saved
+        shutil.rmtree(f"{OUT[stage]}/unet")
         assert command(STAGES[stage][0], *STAGES[stage][1])[0] == 0
         after = {p: load_file(p) for p in Path(OUT[stage]).rglob("*.safetensors")}
         assert after.keys() == before.keys()
@@ -353,8 +401,10 @@ def test_a_run_that_has_ended_can_be_run_again(pipeline, tmp_path, command, monk
 
 def test_other_settings_are_refused(pipeline, command, monkeypatch):
     monkeypatch.chdir(pipeline)
-    assert one_line(command("train_reflow.py", *STAGES["reflow"][1], "--lr", "1e-5", "--density", "u-shaped"), "models/2rf/training holds a run with other settings (density, lr)")
-    assert one_line(command("distill.py", *STAGES["distill"][1], "--seed", "1"), "models/l2/training holds a run with other settings (seed)")
+    assert one_line(command("train_reflow.py", *STAGES["reflow"][1], "--lr", "1e-5", "--density", "u-shaped"),
+                    "models/2rf/training holds a run with other settings (density, lr)")
+    assert one_line(command("distill.py", *STAGES["distill"][1], "--seed", "1"),
+                    "models/l2/training holds a run with other settings (seed)")
 
 
 def test_mistakes_in_the_command_lines(pipeline, command, monkeypatch, tmp_path):
@@ -362,7 +412,8 @@ def test_mistakes_in_the_command_lines(pipeline, command, monkeypatch, tmp_path)
     new = ["--out", tmp_path / "new"]
     assert one_line(command("distill.py", *STAGES["distill"][1], *new, "--loss", "lpips"), "--vgg")
     assert one_line(command("distill.py", *STAGES["lpips"][1], *new, "--vgg", "none.pth"), "none.pth")
-    assert one_line(command("distill.py", *STAGES["lpips"][1], *new, "--linear", "vgg.safetensors"), "vgg.safetensors", "lin0")
+    assert one_line(command("distill.py", *STAGES["lpips"][1], *new, "--linear", "vgg.safetensors"),
+                    "vgg.safetensors", "lin0")
     assert one_line(command("distill.py", *STAGES["lpips"][1], *new, "--lpips-size", "8"), "--lpips-size 8")
     assert one_line(command("distill.py", *STAGES["distill"][1], *new, "--l2", "1"), "--l2 are of --loss lpips")
     assert one_line(command("distill.py", *STAGES["lpips"][1], *new, "--lpips-size", "-8"), "--lpips-size")
@@ -378,7 +429,8 @@ def progress(folder, stage):
     if stage.startswith("pairs"):
         return len(list((folder / OUT[stage]).glob("*.safetensors"))), 6
     log = folder / OUT[stage] / "training" / "log.jsonl"
-    return log.read_text().count("\n") if log.exists() else 0, int(STAGES[stage][1][STAGES[stage][1].index("--iterations") + 1])
+    return (log.read_text().count("\n") if log.exists() else 0,
+            int(STAGES[stage][1][STAGES[stage][1].index("--iterations") + 1]))
 
 
 def disturb(processes, folder, stage, kills, draw):
@@ -406,7 +458,8 @@ def disturb(processes, folder, stage, kills, draw):
 
 def assert_undisturbed(folder, pipeline, stage):
     """What a stage left in `folder` is what the undisturbed one left, bitwise."""
-    ours, theirs = ({p.relative_to(f / OUT[stage]): p for p in (f / OUT[stage]).rglob("*.safetensors")} for f in (folder, pipeline))
+    ours, theirs = ({p.relative_to(f / OUT[stage]): p for p in (f / OUT[stage]).rglob("*.safetensors")}
+                    for f in (folder, pipeline))
     assert ours.keys() == theirs.keys()
     for name, path in ours.items():
         a, b = load_file(path), load_file(theirs[name])
@@ -454,10 +507,13 @@ def test_two_processes_train_as_one(pipeline, tmp_path, stage):
     """But for the order in which a gradient's parts are added."""
     folder, (script, words) = shutil.copytree(pipeline, tmp_path / "p"), STAGES[stage]
     for processes, out in ((1, "one"), (2, "two")):
-        line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), ROOT / script, *words, "--float32", "--lr", "1e-3", "--out", out]
-        done = subprocess.run(line, cwd=folder, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+        line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes),
+                ROOT / script, *words, "--float32", "--lr", "1e-3", "--out", out]
+        done = subprocess.run(line, cwd=folder, env=os.environ | {"OMP_NUM_THREADS": "1"},
+                              capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
-    one, two = ([json.loads(line) for line in (folder / out / "training" / "log.jsonl").read_text().splitlines()] for out in ("one", "two"))
+    one, two = ([json.loads(line) for line in (folder / out / "training" / "log.jsonl").read_text().splitlines()]
+                for out in ("one", "two"))
     assert [line["step"] for line in one] == [line["step"] for line in two]
     for a, b in zip(one, two):
         assert b["loss"] == pytest.approx(a["loss"], rel=1e-4)

@@ -18,7 +18,9 @@ def defined(path):
 
 def test_every_function_of_the_paper_table_exists():
     section = README.split("## Paper to code")[1].split("\n## ")[0]
-    named = [(file, name) for row in section.splitlines() for file, names in re.findall(r"`(\w+\.py)`: ((?:`\w+`(?:, )?)+)", row) for name in re.findall(r"`(\w+)`", names)]
+    named = [(file, name) for row in section.splitlines()
+             for file, names in re.findall(r"`(\w+\.py)`: ((?:`\w+`(?:, )?)+)", row)
+             for name in re.findall(r"`(\w+)`", names)]
     assert len(named) > 20
     for file, name in named:
         assert name in defined(ROOT / file), f"{file} has no {name}"
@@ -35,7 +37,8 @@ def test_a_file_imports_only_files_above_it():
     order = [name[:-3] for name in re.findall(r"^\| \**`(\w+\.py)`", section, re.M)]
     for i, name in enumerate(order):
         for node in ast.walk(ast.parse((ROOT / f"{name}.py").read_text())):
-            imported = [node.module] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            imported = ([node.module] if isinstance(node, ast.ImportFrom)
+                        else [a.name for a in node.names] if isinstance(node, ast.Import) else [])
             for other in imported:
                 assert other not in order[i:], f"{name}.py imports {other}.py, which stands below it"
 
@@ -46,7 +49,8 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "benchmarks").glob("*.md"))]
 def headings(page):
     """Anchors of a page's headings, as GitHub makes them."""
     text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.M | re.S)
-    return {re.sub(r"[^\w -]", "", line.strip().lower()).replace(" ", "-") for line in re.findall(r"^#+ (.*)$", text, re.M)}
+    return {re.sub(r"[^\w -]", "", line.strip().lower()).replace(" ", "-")
+            for line in re.findall(r"^#+ (.*)$", text, re.M)}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -82,7 +86,8 @@ def test_the_snippet_samples_our_folder_in_diffusers(tiny, tmp_path, monkeypatch
     with torch.no_grad():
         latents = model.solve(noise, model.text(["a red circle left of a blue square"]), model.text([""]), 25, 1.5)
     assert (latents - names["x"]).abs().max() <= 1e-5 * latents.abs().max()
-    drawn, ours = (np.array(image).astype(int) for image in (Image.open("diffusers.png"), to_pil(model.decode(latents))[0]))
+    drawn, ours = (np.array(image).astype(int)
+                   for image in (Image.open("diffusers.png"), to_pil(model.decode(latents))[0]))
     assert np.abs(drawn - ours).max() <= 1 and ours.std() > 1
 
 
