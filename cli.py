@@ -1,6 +1,7 @@
 """What every command line here shares: one-line errors with exit status 2, and files of prompts."""
 import argparse
 import errno
+import inspect
 import io
 import json
 import os
@@ -28,8 +29,8 @@ class Parser(argparse.ArgumentParser):
     """argparse with the launch lines of the script's docstring kept, and errors of one line."""
 
     def __init__(self, doc=None, **kwargs):
-        super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter,
-                         allow_abbrev=False, **kwargs)
+        super().__init__(description=doc and inspect.cleandoc(doc), allow_abbrev=False,
+                         formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
 
     def error(self, message):
         self.exit(2, f"{self.prog}: {' '.join(message.split())} (--help lists the flags)\n")

@@ -176,8 +176,8 @@ def refuse(wrong, folder, of):
 
 
 def verify(words):
-    """Read every pair again and make every noise again; exit status 2 and a line for each shard
-    that is not as it should be."""
+    """Read every pair again and make every noise again; exit status 2 and a line for each shard that is not
+    as it should be."""
     parser = cli.Parser(verify.__doc__, prog="pairs.py verify")
     parser.add_argument("--pairs", required=True, help="folder written by pairs.py")
     args = parser.parse_args(words)

@@ -4,6 +4,7 @@
     python benchmarks/regimes.py --seeds 1 --out seed-1.json  # one seed alone
 
 That takes five hours of two cores. Seeds can be made side by side once the teacher's pairs, which they share, are made.
+
 From the shipped teacher, L2 alone, all in one step. Three routes from the same teacher's pairs:
   reflowed      REFLOW iterations of reflow, PAIRS pairs of the 2-rectified flow, DISTIL iterations on those
   direct        DISTIL iterations on the teacher's PAIRS pairs
