@@ -24,7 +24,9 @@ ROOT = Path(__file__).resolve().parent.parent
 @pytest.fixture
 def draw(command, tiny):
     """sample.py's command line with the tiny flow, one step, on the CPU; later flags win."""
-    return lambda *words: command("sample.py", *(() if "--compare" in words else ("--model", tiny / "flow", "--steps", 1)), "--device", "cpu", *words)
+    return lambda *words: command("sample.py",
+                                  *(() if "--compare" in words else ("--model", tiny / "flow", "--steps", 1)),
+                                  "--device", "cpu", *words)
 
 
 @pytest.fixture(scope="module")
@@ -52,30 +54,37 @@ def same(path, image):
 
 def test_the_command_line(tiny, tmp_path):
     """As a user types it: one process of its own, in another folder."""
-    line = [sys.executable, ROOT / "sample.py", "--model", tiny / "flow", "--device", "cpu", "--seed", "7", "a red circle"]
+    line = [sys.executable, ROOT / "sample.py", "--model", tiny / "flow", "--device", "cpu", "--seed", "7",
+            "a red circle"]
     done = subprocess.run(line, cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
     assert done.returncode == 0 and done.stderr == ""
     path, summary = done.stdout.splitlines()
-    assert path == "out.png" and summary.startswith("1 picture, 3 steps: text ") and "U-Net" in summary and "decoder" in summary
+    assert (path == "out.png" and summary.startswith("1 picture, 3 steps: text ")
+            and "U-Net" in summary and "decoder" in summary)
     assert [p.name for p in tmp_path.iterdir()] == ["out.png"]
     with Image.open(tmp_path / "out.png") as image:
         assert (image.format, image.mode, image.size) == ("PNG", "RGB", (16, 16))
-    assert facts(tmp_path / "out.png") == {"prompt": "a red circle", "negative": "", "seed": "7", "index": "0", "model": str(tiny / "flow"), "steps": "3", "guidance": "1.5"}
+    assert facts(tmp_path / "out.png") == {"prompt": "a red circle", "negative": "", "seed": "7", "index": "0",
+                                           "model": str(tiny / "flow"), "steps": "3", "guidance": "1.5"}
     assert same(tmp_path / "out.png", InstaFlow.load(tiny / "flow").generate(["a red circle"], seed=7)[0])
 
 
 def test_a_mistake_in_the_command_line(tmp_path):
-    done = subprocess.run([sys.executable, ROOT / "sample.py", "--model", tmp_path / "none", "a"], env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
-    assert one_line((done.returncode, done.stdout, done.stderr), "sample.py: ", tmp_path / "none", "no such model folder")
+    done = subprocess.run([sys.executable, ROOT / "sample.py", "--model", tmp_path / "none", "a"],
+                          env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    assert one_line((done.returncode, done.stdout, done.stderr), "sample.py: ", tmp_path / "none",
+                    "no such model folder")
 
 
 def test_flags_reach_the_model(draw, flow, tmp_path):
-    status, out, err = draw("a red circle", "--steps", 2, "--guidance", 3, "--negative", "blue", "--seed", 4, "--height", 12, "--width", 20, "--out", tmp_path / "deep" / "er" / "a.PNG")
+    status, out, err = draw("a red circle", "--steps", 2, "--guidance", 3, "--negative", "blue", "--seed", 4,
+                            "--height", 12, "--width", 20, "--out", tmp_path / "deep" / "er" / "a.PNG")
     assert (status, err) == (0, "")
     path = tmp_path / "deep" / "er" / "a.PNG"
     assert out.splitlines()[0] == str(path)
     assert facts(path)["steps"] == "2" and facts(path)["guidance"] == "3.0" and facts(path)["negative"] == "blue"
-    assert same(path, flow.generate(["a red circle"], steps=2, guidance=3.0, seed=4, negative="blue", height=12, width=20)[0])
+    assert same(path, flow.generate(["a red circle"], steps=2, guidance=3.0, seed=4, negative="blue",
+                                    height=12, width=20)[0])
 
 
 def test_several_prompts_and_a_labelled_grid(draw, flow, tmp_path):
@@ -87,17 +96,22 @@ def test_several_prompts_and_a_labelled_grid(draw, flow, tmp_path):
     wanted = flow.generate(prompts, steps=1, seed=5)
     for i, prompt in enumerate(prompts):
         assert same(tmp_path / f"x-{i:03d}.png", wanted[i])
-        assert facts(tmp_path / f"x-{i:03d}.png")["prompt"] == prompt and facts(tmp_path / f"x-{i:03d}.png")["index"] == str(i)
+        assert (facts(tmp_path / f"x-{i:03d}.png")["prompt"] == prompt
+                and facts(tmp_path / f"x-{i:03d}.png")["index"] == str(i))
     sheet = pixels(tmp_path / "x.png")
     assert sheet.shape[1] > 3 * 192 and (sheet[:94] < 100).any()             # words above the pictures
-    assert facts(tmp_path / "x.png") == {"prompt": str(prompts), "seed": "5", "model": facts(tmp_path / "x-000.png")["model"], "steps": "1", "guidance": "1.5"}
+    assert facts(tmp_path / "x.png") == {"prompt": str(prompts), "seed": "5",
+                                         "model": facts(tmp_path / "x-000.png")["model"],
+                                         "steps": "1", "guidance": "1.5"}
     assert not same(tmp_path / "x-000.png", wanted[1])
 
 
-@pytest.mark.parametrize("side, flags, batches", [(8, (), [3]), (128, (), [1, 1, 1]), (90, (), [2, 1]), (128, ("--batch", 2), [2, 1])])
+@pytest.mark.parametrize("side, flags, batches", [(8, (), [3]), (128, (), [1, 1, 1]), (90, (), [2, 1]),
+                                                  (128, ("--batch", 2), [2, 1])])
 def test_large_pictures_one_at_a_time_on_a_cpu(draw, tmp_path, monkeypatch, side, flags, batches):
     seen, decode = [], InstaFlow.decode
-    monkeypatch.setattr(InstaFlow, "decode", lambda self, latents, tile=None: seen.append(len(latents)) or decode(self, latents, tile))
+    monkeypatch.setattr(InstaFlow, "decode",
+                        lambda self, latents, tile=None: seen.append(len(latents)) or decode(self, latents, tile))
     assert draw("a", "b", "c", "--height", side, "--width", side, *flags, "--out", tmp_path / "x.png")[0] == 0
     assert seen == batches
 
@@ -127,7 +141,8 @@ def test_compare_shows_each_model_from_the_same_noise(draw, tiny, tmp_path):
     sheet = Image.open(tmp_path / "x.png").convert("RGB")
     assert facts(tmp_path / "x.png") == {"prompt": "['a', 'b']", "seed": "3", "compare": ",".join(items)}
     draw("a", "--compare", items[0], "--guidance", 2, "--negative", "b", "--out", tmp_path / "x.png")
-    assert facts(tmp_path / "x.png") == {"prompt": "['a']", "seed": "0", "compare": items[0], "guidance": "2.0", "negative": "b"}
+    assert facts(tmp_path / "x.png") == {"prompt": "['a']", "seed": "0", "compare": items[0],
+                                         "guidance": "2.0", "negative": "b"}
     for row, (name, steps) in enumerate((("teacher", 3), ("flow", 2), ("flow", 1))):
         model = InstaFlow.load(tiny / name)
         for column, image in enumerate(model.generate(["a", "b"], steps=steps, seed=3)):
@@ -144,7 +159,8 @@ def test_compare_without_a_list_takes_prompts(monkeypatch, command, tiny, tmp_pa
     monkeypatch.setattr(sample, "COMPARISON", ["teacher:2", "flow:1"])
     monkeypatch.setattr(sample, "MODELS", tiny)
     monkeypatch.chdir(tmp_path)
-    for words in (["--compare", "a red circle", "b"], ["--compare", "--out", "x.png", "a red circle", "b"], ["a red circle", "b", "--compare"]):
+    for words in (["--compare", "a red circle", "b"], ["--compare", "--out", "x.png", "a red circle", "b"],
+                  ["a red circle", "b", "--compare"]):
         assert command("sample.py", "--device", "cpu", *words)[0] == 0
     assert facts("x.png")["prompt"] == "['a red circle', 'b']" and facts("out.png") == facts("x.png")
     command("sample.py", "--device", "cpu", "--compare", "alone")
@@ -152,7 +168,8 @@ def test_compare_without_a_list_takes_prompts(monkeypatch, command, tiny, tmp_pa
 
 
 def test_interpolation_goes_from_one_seed_to_the_other(draw, flow, tmp_path):
-    status, out, err = draw("a red circle", "--interpolate", 3, 8, "--frames", 5, "--batch", 2, "--out", tmp_path / "x.png")
+    status, out, err = draw("a red circle", "--interpolate", 3, 8, "--frames", 5, "--batch", 2,
+                            "--out", tmp_path / "x.png")
     assert (status, err) == (0, "")
     sheet, text = Image.open(tmp_path / "x.png").convert("RGB"), flow.text(["a red circle"])
     assert facts(tmp_path / "x.png")["interpolate"] == "[3, 8]"
@@ -178,18 +195,21 @@ def photo(tmp_path):
 @pytest.mark.parametrize("strength, steps, taken", [(0.6, 5, 3), (1.0, 4, 4), (0.25, 8, 2), (0.1, 4, 1)])
 def test_picture_to_picture_starts_in_the_flows_middle(draw, flow, photo, tmp_path, strength, steps, taken):
     """By hand: X_t = (1 - t) noise + t latent at t = 1 - strength, then Euler's steps from t to 1."""
-    assert draw("a red circle", "--image", photo, "--strength", strength, "--steps", steps, "--guidance", 2, "--seed", 4, "--out", tmp_path / "x.png")[0] == 0
+    assert draw("a red circle", "--image", photo, "--strength", strength, "--steps", steps, "--guidance", 2,
+                "--seed", 4, "--out", tmp_path / "x.png")[0] == 0
     image = Image.open(photo).convert("RGB").crop((10, 0, 30, 20)).resize((16, 16), Image.Resampling.LANCZOS)
     mean, _ = flow.vae.encode(torch.tensor(np.array(image), dtype=torch.float32).permute(2, 0, 1)[None] / 127.5 - 1)
     t, context, null = 1 - strength, flow.text(["a red circle"]), flow.text([""])
     z = (1 - t) * flow.noise(4, 0, 1) + t * 0.18215 * mean
     for i in range(taken):
         at = t + strength * i / taken
-        v, without = flow.unet(z, torch.tensor([1000 * (1 - at)]), context), flow.unet(z, torch.tensor([1000 * (1 - at)]), null)
+        v = flow.unet(z, torch.tensor([1000 * (1 - at)]), context)
+        without = flow.unet(z, torch.tensor([1000 * (1 - at)]), null)
         z = z + strength / taken * (2 * v - without)
     wanted, = to_pil(flow.decode(z))
     assert same(tmp_path / "x.png", wanted)
-    assert facts(tmp_path / "x.png")["image"] == str(photo) and facts(tmp_path / "x.png")["strength"] == str(float(strength))
+    assert (facts(tmp_path / "x.png")["image"] == str(photo)
+            and facts(tmp_path / "x.png")["strength"] == str(float(strength)))
     if strength == 1:                                      # the picture is forgotten
         assert same(tmp_path / "x.png", flow.generate(["a red circle"], steps=4, guidance=2.0, seed=4)[0])
 
@@ -197,7 +217,8 @@ def test_picture_to_picture_starts_in_the_flows_middle(draw, flow, photo, tmp_pa
 @torch.no_grad()
 def test_strength_0_gives_the_picture_back(draw, flow, tiny, photo, tmp_path):
     for model in ("flow", "teacher"):
-        assert draw("a", "--model", tiny / model, "--image", photo, "--strength", 0, "--height", 20, "--width", 40, "--out", tmp_path / "x.png")[0] == 0
+        assert draw("a", "--model", tiny / model, "--image", photo, "--strength", 0, "--height", 20, "--width", 40,
+                    "--out", tmp_path / "x.png")[0] == 0
         image = torch.tensor(np.array(Image.open(photo)), dtype=torch.float32).permute(2, 0, 1)[None] / 127.5 - 1
         assert same(tmp_path / "x.png", to_pil(flow.vae.decode(flow.vae.encode(image)[0]).clamp(-1, 1))[0])
 
@@ -207,23 +228,29 @@ def test_a_noise_predictor_goes_from_a_picture_too(draw, tiny, photo, tmp_path):
     teacher, distance = InstaFlow.load(tiny / "teacher"), []
     draw("a", "--model", tiny / "teacher", "--image", photo, "--strength", 0, "--out", tmp_path / "start.png")
     for strength in (0.2, 0.5, 0.9):
-        assert draw("a", "--model", tiny / "teacher", "--image", photo, "--strength", strength, "--steps", 10, "--out", tmp_path / "x.png")[0] == 0
+        assert draw("a", "--model", tiny / "teacher", "--image", photo, "--strength", strength, "--steps", 10,
+                    "--out", tmp_path / "x.png")[0] == 0
         distance.append(np.abs(pixels(tmp_path / "x.png").astype(float) - pixels(tmp_path / "start.png")).mean())
     assert 0 < distance[0] < distance[1] < distance[2]
     assert teacher.info["prediction"] == "epsilon"
 
 
 def test_a_one_step_student_warns_of_pictures(draw, flow, tiny, photo, tmp_path):
-    InstaFlow(flow.unet, flow.vae, flow.text, {"prediction": "velocity", "steps": 1, "guidance": 1.0, "trained_steps": [1]}, tiny / "teacher").save(tmp_path / "student")
+    InstaFlow(flow.unet, flow.vae, flow.text,
+              {"prediction": "velocity", "steps": 1, "guidance": 1.0, "trained_steps": [1]},
+              tiny / "teacher").save(tmp_path / "student")
     status, out, err = draw("a", "--model", tmp_path / "student", "--image", photo, "--out", tmp_path / "x.png")
-    assert status == 0 and err.startswith("warning: this model was distilled") and "--image" in err and err.count("\n") == 1
+    assert (status == 0 and err.startswith("warning: this model was distilled")
+            and "--image" in err and err.count("\n") == 1)
 
 
 def test_pictures_that_are_none(draw, photo, tmp_path):
     (tmp_path / "words.png").write_text("no picture")
     (tmp_path / "cut.png").write_bytes(photo.read_bytes()[:60])
-    for name, words in (("none.png", "no such file"), ("words.png", "no picture that Pillow reads"), ("cut.png", "no picture that Pillow reads"), ("", "no picture that Pillow reads")):
-        assert one_line(draw("a", "--image", tmp_path / name, "--out", tmp_path / "x.png"), "--image", tmp_path / name, words)
+    for name, words in (("none.png", "no such file"), ("words.png", "no picture that Pillow reads"),
+                        ("cut.png", "no picture that Pillow reads"), ("", "no picture that Pillow reads")):
+        assert one_line(draw("a", "--image", tmp_path / name, "--out", tmp_path / "x.png"),
+                        "--image", tmp_path / name, words)
     assert one_line(draw("a", "--image", photo, "--interpolate", 1, 2), "--image starts from a picture")
     Image.fromarray(np.full((8, 8), 40_000, np.uint16)).save(tmp_path / "deep.png")
     assert one_line(draw("a", "--image", tmp_path / "deep.png"), tmp_path / "deep.png", "convert it to 8 bits")
@@ -234,7 +261,8 @@ def test_pictures_that_are_none(draw, photo, tmp_path):
 
 @torch.no_grad()
 def test_tiles_of_a_decoder_that_sees_only_its_neighbourhood_are_the_whole(flow):
-    """Where nothing looks farther than the overlap, blending equal pictures must give that picture: a decoder of one convolution."""
+    """Where nothing looks farther than the overlap, blending equal pictures must give that picture: a decoder of one
+    convolution."""
     vae = type(flow.vae)(flow.vae.config)
     vae.decode = lambda latent: torch.nn.functional.interpolate(latent[:, :3] * 2 + 1, scale_factor=2.0)
     for h, w, tile in ((8, 8, 8), (20, 13, 8), (33, 9, 16), (9, 40, 8), (17, 17, 16)):
@@ -269,8 +297,10 @@ def test_tiles_when_asked(draw, flow, tmp_path):
 def test_random_weights_say_loudly_that_it_is_noise(command, monkeypatch, tmp_path):
     import instaflow
     monkeypatch.setitem(instaflow.CONFIGS, "sd15", instaflow.CONFIGS["mini"])
-    status, out, err = command("sample.py", "--random-weights", "sd15", "--steps", 1, "--device", "cpu", "--out", tmp_path / "x.png", "a")
-    assert status == 0 and "1 picture, 1 step" in out and err.startswith("WARNING: RANDOM WEIGHTS") and "EVERY PICTURE IS NOISE" in err and err.count("\n") == 1
+    status, out, err = command("sample.py", "--random-weights", "sd15", "--steps", 1, "--device", "cpu",
+                               "--out", tmp_path / "x.png", "a")
+    assert (status == 0 and "1 picture, 1 step" in out and err.startswith("WARNING: RANDOM WEIGHTS")
+            and "EVERY PICTURE IS NOISE" in err and err.count("\n") == 1)
     assert facts(tmp_path / "x.png")["model"] == "sd15"
     assert one_line(command("sample.py", "--random-weights", "sd15", "--model", "x", "a"), "stands in place of a model")
     assert one_line(command("sample.py", "--random-weights", "sd21", "a"), "--random-weights")
@@ -280,12 +310,16 @@ def test_a_single_file_and_a_lora(draw, flow, tmp_path):
     import lora
     from safetensors.torch import save_file
     flow.save(tmp_path / "one.safetensors")
-    tensors = {"lora_unet_conv_in.lora_down.weight": torch.randn(2, 4, 3, 3), "lora_unet_conv_in.lora_up.weight": torch.randn(8, 2, 1, 1)}
+    tensors = {"lora_unet_conv_in.lora_down.weight": torch.randn(2, 4, 3, 3),
+               "lora_unet_conv_in.lora_up.weight": torch.randn(8, 2, 1, 1)}
     save_file(tensors, tmp_path / "a.safetensors")
-    save_file({k: -v for k, v in tensors.items() if "up" in k} | {k: v for k, v in tensors.items() if "down" in k}, tmp_path / "b:1.safetensors")
+    save_file({k: -v for k, v in tensors.items() if "up" in k} | {k: v for k, v in tensors.items() if "down" in k},
+              tmp_path / "b:1.safetensors")
     one = tmp_path / "one.safetensors"
-    assert draw("a", "--model", one, "--out", tmp_path / "x.png")[0] == 0 and same(tmp_path / "x.png", flow.generate(["a"], steps=1)[0])
-    status, out, err = draw("a", "--model", one, "--lora", f"{tmp_path / 'a.safetensors'}:0.5", "--lora", tmp_path / "b:1.safetensors", "--out", tmp_path / "x.png")
+    assert (draw("a", "--model", one, "--out", tmp_path / "x.png")[0] == 0
+            and same(tmp_path / "x.png", flow.generate(["a"], steps=1)[0]))
+    status, out, err = draw("a", "--model", one, "--lora", f"{tmp_path / 'a.safetensors'}:0.5",
+                            "--lora", tmp_path / "b:1.safetensors", "--out", tmp_path / "x.png")
     assert (status, err) == (0, "") and "0.5" in facts(tmp_path / "x.png")["lora"]
     merged = InstaFlow.load(one)
     lora.load_lora(merged, tmp_path / "a.safetensors", -0.5)                 # 0.5 - 1
@@ -305,7 +339,8 @@ def test_slerp_on_the_sphere(dtype):
     assert (points[0] - a).abs().max() <= tolerance * 4 and (points[-1] - b).abs().max() <= tolerance * 4
     a, b, points = a.double(), b.double(), points.double()
     cosine = float((a * b).sum() / a.norm() / b.norm())
-    for i, point in enumerate(points):                     # by hand: a point of the plane of a and b, at i/6 of the angle
+    # by hand: a point of the plane of a and b, at i/6 of the angle
+    for i, point in enumerate(points):
         angle, w = np.arccos(cosine), i / 6
         assert abs(float((point * a).sum() / point.norm() / a.norm()) - np.cos(w * angle)) < 0.03
         assert min(a.norm(), b.norm()) * 0.98 < point.norm() < max(a.norm(), b.norm()) * 1.02
@@ -334,20 +369,28 @@ def test_a_prompt_is_needed(draw, tmp_path):
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9\n")
     for words in ([], [""], ["  ", "\t"]):
         assert one_line(draw(*words), "sample.py: no prompt")
-    for file, words in (("empty.txt", "holds no prompt"), ("blank.txt", "holds no prompt"), ("none.txt", "no such prompt file"), ("latin.txt", "not UTF-8"), ("", "folder")):
+    for file, words in (("empty.txt", "holds no prompt"), ("blank.txt", "holds no prompt"),
+                        ("none.txt", "no such prompt file"), ("latin.txt", "not UTF-8"), ("", "folder")):
         assert one_line(draw("--prompts", tmp_path / file), tmp_path / file, words)
 
 
 FLAGS = [
-    (["--steps", "0"], "--steps"), (["--steps", "-1"], "--steps"), (["--steps", "1.5"], "--steps"), (["--steps", "many"], "many"), (["--steps", ""], "--steps"),
-    (["--step", "1"], "--step"), (["--frobnicate"], "--frobnicate"), (["--guidance", "high"], "--guidance"), (["--seed", "-3"], "--seed"),
-    (["--seed", str(2 ** 63)], "2^63"), (["--num", "0"], "--num"), (["--batch", "0"], "--batch"), (["--dtype", "int8"], "--dtype"),
-    (["--device", "nonsense"], "--device"), (["--device", "meta"], "--device"), (["--device", "cuda:99"], "--device"), (["--device", ""], "--device"),
-    (["--out", "x.jpg"], "name a .png file"), (["--out", "x"], "name a .png file"), (["--out", "."], "name a .png file"),
-    (["--height", "13"], "height is 13; it must be a multiple of 2"), (["--width", "1"], "width is 1; it must be a multiple of 2"), (["--height", "0"], "--height"),
-    (["--interpolate", "3"], "--interpolate"), (["--interpolate", "3", "b"], "--interpolate"), (["--frames", "0"], "--frames"), (["--interpolate", "3", "4", "--num", "2"], "--num"),
-    (["--compare", "x:"], "--compare x:"), (["--compare", ":3"], "--compare :3"), (["--compare", "x:0"], "--compare x:0"), (["--compare", "none:1"], "none"),
-    (["--model", "none"], "none"), (["--model", ""], "no such model folder"), (["--strength", "0.5"], "--strength is of --image"), (["--frames", "3"], "--frames is of --interpolate"), (["--prediction", "image"], "--prediction"),
+    (["--steps", "0"], "--steps"), (["--steps", "-1"], "--steps"), (["--steps", "1.5"], "--steps"),
+    (["--steps", "many"], "many"), (["--steps", ""], "--steps"), (["--step", "1"], "--step"),
+    (["--frobnicate"], "--frobnicate"), (["--guidance", "high"], "--guidance"), (["--seed", "-3"], "--seed"),
+    (["--seed", str(2 ** 63)], "2^63"), (["--num", "0"], "--num"), (["--batch", "0"], "--batch"),
+    (["--dtype", "int8"], "--dtype"), (["--device", "nonsense"], "--device"), (["--device", "meta"], "--device"),
+    (["--device", "cuda:99"], "--device"), (["--device", ""], "--device"), (["--out", "x.jpg"], "name a .png file"),
+    (["--out", "x"], "name a .png file"), (["--out", "."], "name a .png file"),
+    (["--height", "13"], "height is 13; it must be a multiple of 2"),
+    (["--width", "1"], "width is 1; it must be a multiple of 2"), (["--height", "0"], "--height"),
+    (["--interpolate", "3"], "--interpolate"), (["--interpolate", "3", "b"], "--interpolate"),
+    (["--frames", "0"], "--frames"), (["--interpolate", "3", "4", "--num", "2"], "--num"),
+    (["--compare", "x:"], "--compare x:"), (["--compare", ":3"], "--compare :3"),
+    (["--compare", "x:0"], "--compare x:0"), (["--compare", "none:1"], "none"),
+    (["--model", "none"], "none"), (["--model", ""], "no such model folder"),
+    (["--strength", "0.5"], "--strength is of --image"), (["--frames", "3"], "--frames is of --interpolate"),
+    (["--prediction", "image"], "--prediction"),
 ]
 
 
@@ -359,10 +402,12 @@ def test_a_flag_that_cannot_be(draw, words, named, tmp_path, monkeypatch):
 
 
 def test_more_steps_than_the_teachers_schedule(draw, tiny, tmp_path):
-    assert one_line(draw("a", "--model", tiny / "teacher", "--steps", 1000, "--out", tmp_path / "x.png"), "steps is 1000")
+    assert one_line(draw("a", "--model", tiny / "teacher", "--steps", 1000, "--out", tmp_path / "x.png"),
+                    "steps is 1000")
 
 
-@pytest.mark.parametrize("file", ["unet/config.json", "unet/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors", "instaflow.json"])
+@pytest.mark.parametrize("file", ["unet/config.json", "unet/diffusion_pytorch_model.safetensors",
+                                  "text_encoder/model.safetensors", "instaflow.json"])
 @pytest.mark.parametrize("damage", ["missing", "cut"])
 def test_a_damaged_model(draw, tiny, tmp_path, file, damage):
     model = shutil.copytree(tiny / "teacher", tmp_path / "model")
@@ -434,7 +479,9 @@ def test_a_prompt_that_is_too_long_is_cut_and_named(draw, flow, tmp_path):
 
 
 def test_too_many_steps_for_a_student(draw, flow, tiny, tmp_path):
-    InstaFlow(flow.unet, flow.vae, flow.text, {"prediction": "velocity", "steps": 1, "guidance": 1.0, "trained_steps": [1]}, tiny / "teacher").save(tmp_path / "student")
+    InstaFlow(flow.unet, flow.vae, flow.text,
+              {"prediction": "velocity", "steps": 1, "guidance": 1.0, "trained_steps": [1]},
+              tiny / "teacher").save(tmp_path / "student")
     status, out, err = draw("a", "--model", tmp_path / "student", "--steps", 4, "--out", tmp_path / "x.png")
     assert status == 0 and err.startswith("warning: ") and "distilled for 1 step;" in err and err.count("\n") == 1
     assert (tmp_path / "x.png").exists()

@@ -14,8 +14,9 @@ ROOT = Path(__file__).parents[1]
 
 def mask(thing, size=64):
     """Where an object's ink lies, found from pictures alone: drawn in black on white, nothing else in the scene."""
-    alone = scenes.Scene((scenes.Object(thing.shape, thing.colour, thing.size, thing.x, thing.y, thing.radius, (0, 0, 0)),),
-                         "light", "plain", "", ((255,) * 3, (255,) * 3), 9.0, 0.0, (0.0, 0.0))
+    alone = scenes.Scene(
+        (scenes.Object(thing.shape, thing.colour, thing.size, thing.x, thing.y, thing.radius, (0, 0, 0)),),
+        "light", "plain", "", ((255,) * 3, (255,) * 3), 9.0, 0.0, (0.0, 0.0))
     return np.asarray(scenes.draw(alone, size).convert("L")) < 255
 
 
@@ -53,34 +54,43 @@ def test_parse_is_the_inverse_of_the_caption(split):
         assert [o[:2] for o in claim.objects] == [(o.shape, o.colour) for o in one.objects]
         assert all(said in (None, o.size) for (_, _, said), o in zip(claim.objects, one.objects))
         assert claim.tone in (None, one.tone) and claim.texture in (None, one.texture)
-        for a, word, b in claim.relations:                                         # from the positions, not from the code
+        # from the positions, not from the code
+        for a, word, b in claim.relations:
             dx, dy = one.objects[b].x - one.objects[a].x, one.objects[b].y - one.objects[a].y
             along, across = {"left of": (dx, dy), "right of": (-dx, dy), "above": (dy, dx), "below": (-dy, dx)}[word]
             assert along >= 9 and along > abs(across)
         # What the words hold, counted without the parser, is what the claim holds.
         words = one.caption.replace(",", "").split()
-        assert sum(w in ("small", "little", "large", "big") for w in words) == sum(o[2] is not None for o in claim.objects)
+        assert (sum(w in ("small", "little", "large", "big") for w in words)
+                == sum(o[2] is not None for o in claim.objects))
         assert sum(w in ("left", "right", "above", "over", "below", "under") for w in words) == len(claim.relations)
-        assert sum(w in scenes.TONES + scenes.TEXTURES for w in words) == (claim.tone is not None) + (claim.texture is not None)
+        assert (sum(w in scenes.TONES + scenes.TEXTURES for w in words)
+                == (claim.tone is not None) + (claim.texture is not None))
         assert len(claim.relations) in (0, len(one.objects) - 1)
-        relations, sizes, grounds = relations + bool(claim.relations), sizes + sum(o[2] is not None for o in claim.objects) / len(claim.objects), grounds + ("background" in words)
+        relations = relations + bool(claim.relations)
+        sizes = sizes + sum(o[2] is not None for o in claim.objects) / len(claim.objects)
+        grounds = grounds + ("background" in words)
     assert 0.45 < relations / 2000 < 0.6 and 0.45 < sizes / 2000 < 0.55 and 0.35 < grounds / 2000 < 0.45
 
 
 def test_parse_reads_what_a_person_types():
     circle, square = ("circle", "red", None), ("square", "blue", None)
-    for text in ("a red circle left of a blue square", "  A  Red Circle to the LEFT of an blue square.", "red circle left of blue square",
-                 "a red circle is on the left of a blue square"):
+    for text in ("a red circle left of a blue square", "  A  Red Circle to the LEFT of an blue square.",
+                 "red circle left of blue square", "a red circle is on the left of a blue square"):
         assert scenes.parse(text) == scenes.Claim((circle, square), ((0, "left of", 1),), None, None)
-    assert scenes.parse("a big red circle over a dark, dotted background") == scenes.Claim((("circle", "red", "large"),), (), "dark", "dotted")
-    assert scenes.parse("a red circle over a blue square and a cyan ring under the red circle").relations == ((0, "above", 1), (2, "below", 0))
-    assert scenes.parse("a red circle, a blue square and a red circle") == scenes.Claim((circle, square, circle), (), None, None)
+    assert scenes.parse("a big red circle over a dark, dotted background") == scenes.Claim(
+        (("circle", "red", "large"),), (), "dark", "dotted")
+    assert scenes.parse("a red circle over a blue square and a cyan ring under the red circle").relations == (
+        (0, "above", 1), (2, "below", 0))
+    assert scenes.parse("a red circle, a blue square and a red circle") == scenes.Claim(
+        (circle, square, circle), (), None, None)
 
 
-@pytest.mark.parametrize("text, said", [("a dog", "names no object"), ("", "names no object"), ("a red dog near a blue square", "red dog near"),
-                                        ("a red circle beside a blue square", "beside"), ("a red circle in the snow", "in the snow"),
-                                        ("left of a red circle", "left of"), ("a red circle a blue square", "a blue square"),
-                                        ("a red circle on a pink background", "on a pink background")])
+@pytest.mark.parametrize("text, said", [
+    ("a dog", "names no object"), ("", "names no object"), ("a red dog near a blue square", "red dog near"),
+    ("a red circle beside a blue square", "beside"), ("a red circle in the snow", "in the snow"),
+    ("left of a red circle", "left of"), ("a red circle a blue square", "a blue square"),
+    ("a red circle on a pink background", "on a pink background")])
 def test_parse_refuses_with_one_line(text, said):
     with pytest.raises(ValueError) as error:
         scenes.parse(text)
@@ -105,14 +115,17 @@ def test_shapes_differ_and_sizes_do():
     for radius in scenes.RADIUS.values():
         drawn = [mask(scenes.Object(shape, "red", "small", 32.0, 32.0, radius, (0, 0, 0))) for shape in scenes.SHAPES]
         for i, a in enumerate(drawn):
-            assert 2 * radius - 2.5 <= np.ptp(np.nonzero(a)[0]) + 1 <= 2 * radius + 2 or scenes.SHAPES[i] in ("square", "triangle", "heart")
+            assert (2 * radius - 2.5 <= np.ptp(np.nonzero(a)[0]) + 1 <= 2 * radius + 2
+                    or scenes.SHAPES[i] in ("square", "triangle", "heart"))
             assert all((a != b).sum() > 0.1 * a.sum() for b in drawn[:i])
-    assert not mask(scenes.Object("ring", "red", "small", 32.0, 32.0, 7.0, (0, 0, 0)))[32, 32]         # a hole even when small
+    # a hole even when small
+    assert not mask(scenes.Object("ring", "red", "small", 32.0, 32.0, 7.0, (0, 0, 0)))[32, 32]
 
 
 def test_edges_are_antialiased_and_positions_are_finer_than_pixels():
     def alone(x):
-        return scenes.Scene((scenes.Object("circle", "red", "large", x, 32.0, 11.5, (0, 0, 0)),), "light", "plain", "", ((255,) * 3,) * 2, 9.0, 0.0, (0.0, 0.0))
+        return scenes.Scene((scenes.Object("circle", "red", "large", x, 32.0, 11.5, (0, 0, 0)),),
+                            "light", "plain", "", ((255,) * 3,) * 2, 9.0, 0.0, (0.0, 0.0))
     picture = np.asarray(scenes.draw(alone(32.0)).convert("L")).astype(float)
     between = (picture > 20) & (picture < 235)
     assert 30 < between.sum() < 150                                                # about the circumference, 72 px
@@ -124,7 +137,8 @@ def test_edges_are_antialiased_and_positions_are_finer_than_pixels():
     # Twice the size, averaged down, is the same picture: nothing depends on the pixel grid.
     for i in range(20):
         one = scenes.scene(5, i)
-        small, big = np.asarray(scenes.draw(one)).astype(float), np.asarray(scenes.draw(one, 128).reduce(2)).astype(float)
+        small = np.asarray(scenes.draw(one)).astype(float)
+        big = np.asarray(scenes.draw(one, 128).reduce(2)).astype(float)
         assert abs(small - big).mean() < 1.5
 
 
@@ -139,7 +153,8 @@ def test_every_object_stands_out_from_every_background():
 
 
 def test_command_line(tmp_path):
-    run = lambda *flags: subprocess.run([sys.executable, "scenes.py", *map(str, flags)], cwd=ROOT, capture_output=True, text=True)
+    run = lambda *flags: subprocess.run([sys.executable, "scenes.py", *map(str, flags)], cwd=ROOT,
+                                        capture_output=True, text=True)
     assert run("--captions", 30, "--seed", 1, "--out", tmp_path / "c.txt", "--grid", tmp_path / "g.png").returncode == 0
     assert (tmp_path / "c.txt").read_text().splitlines() == list(scenes.captions(1, 0, 30))
     assert Image.open(tmp_path / "g.png").width > 800

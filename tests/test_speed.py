@@ -1,4 +1,5 @@
-"""Fast paths give the slow paths' pictures, importing no more than they need; and the benchmark beside diffusers runs."""
+"""Fast paths give the slow paths' pictures, importing no more than they need; and the benchmark beside diffusers
+runs."""
 import importlib.util
 import json
 import os
@@ -36,10 +37,13 @@ def drawn(path):
 # --- one module ---
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind, size", [(dict(kernel_size=3, padding=1), (2, 24, 9, 7)), (dict(kernel_size=3, stride=2, padding=1), (1, 24, 8, 8)), (dict(kernel_size=1, bias=False), (1, 24, 8, 8))], ids=str)
+@pytest.mark.parametrize("kind, size", [(dict(kernel_size=3, padding=1), (2, 24, 9, 7)),
+                                        (dict(kernel_size=3, stride=2, padding=1), (1, 24, 8, 8)),
+                                        (dict(kernel_size=1, bias=False), (1, 24, 8, 8))], ids=str)
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
 def test_a_packed_convolution_is_the_convolution(kind, size, layout):
-    layer, x, other = torch.nn.Conv2d(24, 40, **kind), torch.randn(size).to(memory_format=layout), torch.randn(1, 24, 12, 16)
+    layer = torch.nn.Conv2d(24, 40, **kind)
+    x, other = torch.randn(size).to(memory_format=layout), torch.randn(1, 24, 12, 16)
     expected, more = layer(x), layer(other)
     assert type(fast.pack(layer)) is fast.PackedConv
     assert relative_error(layer(x), expected) <= 1e-5 and layer.weight.numel() == 0
@@ -52,8 +56,10 @@ def test_a_packed_convolution_is_the_convolution(kind, size, layout):
 def test_a_packed_product_is_the_product(bias):
     layer, x = torch.nn.Linear(48, 80, bias=bias).bfloat16(), torch.randn(2, 7, 48).bfloat16()
     expected, more = layer(x), layer(x[:, :3])
-    assert type(fast.pack(layer)) is (fast.PackedLinear if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.nn.Linear)
-    assert relative_error(layer(x).float(), expected.float()) <= 1e-2 and relative_error(layer(x[:, :3]).float(), more.float()) <= 1e-2
+    assert type(fast.pack(layer)) is (fast.PackedLinear if torch.ops.mkldnn._is_mkldnn_bf16_supported()
+                                      else torch.nn.Linear)
+    assert (relative_error(layer(x).float(), expected.float()) <= 1e-2
+            and relative_error(layer(x[:, :3]).float(), more.float()) <= 1e-2)
     assert type(fast.pack(torch.nn.Linear(48, 80))) is torch.nn.Linear      # float32 products are as fast as they are
 
 
@@ -62,7 +68,8 @@ def test_a_packed_product_is_the_product(bias):
 @pytest.mark.parametrize("kind", [unet.Upsample, vae.Upsample], ids=["unet", "vae"])
 def test_a_packed_upsampling_is_the_upsampling(kind, dtype, tolerance):
     layer, x = kind(24), torch.randn(2, 24, 5, 7)
-    sizes = [(10, 14), (9, 14), (10, 14), (9, 13)] if kind is unet.Upsample else [()]        # even and odd ones in turns
+    # even and odd ones in turns
+    sizes = [(10, 14), (9, 14), (10, 14), (9, 13)] if kind is unet.Upsample else [()]
     expected = [layer(x, size) if size else layer(x) for size in sizes]
     fast.pack(layer, dtype)
     if dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported():
@@ -78,7 +85,8 @@ def test_a_packed_upsampling_is_the_upsampling(kind, dtype, tolerance):
 @pytest.mark.parametrize("there", (torch.bfloat16, torch.float32))
 @pytest.mark.parametrize("here", (torch.float16, torch.float32))
 def test_a_converted_weight_is_what_torch_makes_of_it(here, there, layout):
-    weight = (torch.randn(70, 5, 3, 3) * 10.0 ** torch.arange(-6, 8).repeat(5)[:, None, None, None]).to(here)          # float16's smallest, and past its largest
+    # float16's smallest, and past its largest
+    weight = (torch.randn(70, 5, 3, 3) * 10.0 ** torch.arange(-6, 8).repeat(5)[:, None, None, None]).to(here)
     ours, theirs = fast.converted(weight, there, layout), weight.to(there)
     assert ours.dtype == there and torch.equal(ours, theirs) and ours.is_contiguous(memory_format=layout)
 
@@ -130,7 +138,8 @@ def test_graphs_are_recorded_once_a_size_and_their_output_is_not_overwritten(mon
     x, y, z = torch.randn(2, 3), torch.randn(2, 3), torch.randn(4, 3)
     expected = [layer(inputs) for inputs in (x, y, z)]
     fast.graphed(layer)
-    assert all(torch.equal(*both) for both in zip([layer(inputs) for inputs in (x, y, z)], expected))        # all of them, after the last
+    # all of them, after the last
+    assert all(torch.equal(*both) for both in zip([layer(inputs) for inputs in (x, y, z)], expected))
     layer(x)
     assert recorded == [[x.shape], [z.shape]]
 
@@ -156,7 +165,8 @@ def test_fast_paths_give_the_slow_ones_picture(dtype, tolerance):
     """One step of a velocity. (At t = 0 a noise predictor's rounding is multiplied by 1 / a = 15.)"""
     model, prompt = InstaFlow.random("mini"), ["a large green heart"]
     x = model.noise(3, 0, 1)
-    slow = x + model.unet(x.contiguous(), torch.tensor([1000.0]), model.text(prompt))        # contiguous, unpacked, float32, straight from the modules
+    # contiguous, unpacked, float32, straight from the modules
+    slow = x + model.unet(x.contiguous(), torch.tensor([1000.0]), model.text(prompt))
     for module in (model.text, model.unet, model.vae):
         fast.pack(module, dtype)
     assert relative_error(model.latents(prompt, steps=1, guidance=1.0, seed=3).float(), slow) <= tolerance
@@ -174,38 +184,46 @@ def test_the_shipped_models_picture():
 
 def test_low_memory_draws_the_same(command, tiny, tmp_path):
     (tmp_path / "p.png").write_bytes((ROOT / "benchmarks" / "compare.png").read_bytes())
-    for words in (["a", "b", "a", "--guidance", 2], ["a", "--image", tmp_path / "p.png", "--num", 3], ["a", "--interpolate", 1, 2, "--frames", 3], ["a", "b", "a", "--dtype", "bfloat16"]):
+    for words in (["a", "b", "a", "--guidance", 2], ["a", "--image", tmp_path / "p.png", "--num", 3],
+                  ["a", "--interpolate", 1, 2, "--frames", 3], ["a", "b", "a", "--dtype", "bfloat16"]):
         words += ["--batch", 2]                            # a single batch is drawn in low memory anyway
         for flags in ([], ["--low-memory"]):
-            status, out, err = command("sample.py", "--model", tiny / "flow", "--device", "cpu", "--steps", 2, *words, *flags, "--out", tmp_path / f"{len(flags)}.png")
+            status, out, err = command("sample.py", "--model", tiny / "flow", "--device", "cpu", "--steps", 2,
+                                       *words, *flags, "--out", tmp_path / f"{len(flags)}.png")
             assert (status, err) == (0, "")
         assert np.array_equal(drawn(tmp_path / "0.png"), drawn(tmp_path / "1.png")), words
 
 
-@pytest.mark.parametrize("words, alone", [(["a"], True), (["a", "b", "--num", "8"], True), (["a", "--num", "17"], False), (["a", "--interpolate", "1", "2", "--frames", "17"], False),
-                                          (["a", "--compile"], False), (["a", "--lora", "x.safetensors"], False), (["a", "--num", "17", "--low-memory"], True)], ids=str)
+@pytest.mark.parametrize("words, alone", [
+    (["a"], True), (["a", "b", "--num", "8"], True), (["a", "--num", "17"], False),
+    (["a", "--interpolate", "1", "2", "--frames", "17"], False), (["a", "--compile"], False),
+    (["a", "--lora", "x.safetensors"], False), (["a", "--num", "17", "--low-memory"], True)], ids=str)
 def test_one_batch_on_a_cpu_frees_what_it_has_used(monkeypatch, tmp_path, words, alone):
     monkeypatch.setattr(sys, "argv", ["sample.py", "--device", "cpu", "--out", str(tmp_path / "x.png"), *words])
     assert sample.arguments().low_memory is alone
 
 
 def settings(**changed):
-    return Namespace(**{**dict(batch=2, image=None, tile=None, guidance=None, negative="", seed=0, device="cpu", dtype=torch.float32, compile=False,
-                               low_memory=False, height=None, width=None, random_weights=None, prediction=None, lora=[], strength=0.6), **changed})
+    return Namespace(**{**dict(batch=2, image=None, tile=None, guidance=None, negative="", seed=0, device="cpu",
+                               dtype=torch.float32, compile=False, low_memory=False, height=None, width=None,
+                               random_weights=None, prediction=None, lora=[], strength=0.6), **changed})
 
 
 @pytest.mark.parametrize("image", (None, ROOT / "benchmarks" / "compare.png"), ids=("noise", "picture"))
 def test_modules_come_one_after_the_other_and_leave(tiny, image):
-    args = settings(low_memory=True, image=image, dtype=torch.bfloat16)                    # whose modules are in memory has args.dtype
+    # whose modules are in memory has args.dtype
+    args = settings(low_memory=True, image=image, dtype=torch.bfloat16)
     model, seen = sample.load(tiny / "flow", args, 1), []
     modules = {"encoder": model.vae.encoder, "text": model.text, "unet": model.unet, "decoder": model.vae.decoder}
-    where = lambda module: "gone" if (p := next(module.parameters())).device.type == "meta" else "there" if p.dtype == args.dtype else "on file"
+    where = lambda module: ("gone" if (p := next(module.parameters())).device.type == "meta"
+                            else "there" if p.dtype == args.dtype else "on file")
     for name, module in modules.items():
         module.register_forward_pre_hook(lambda *_, name=name: seen.append((name, *map(where, modules.values()))))
     list(sample.pictures(model, ["a", "b", "c"], args, 1))
     encoder = "gone" if image else "on file"
     assert list(dict.fromkeys(seen)) == [("encoder", "there", "on file", "on file", "on file")][:bool(image)] + [
-        ("text", encoder, "there", "on file", "on file"), ("unet", encoder, "gone", "there", "on file"), ("decoder", encoder, "gone", "gone", "there")]
+        ("text", encoder, "there", "on file", "on file"), ("unet", encoder, "gone", "there", "on file"),
+        ("decoder", encoder, "gone", "gone", "there")]
     assert [where(module) for module in modules.values()] == [encoder, "gone", "gone", "gone"]
 
 
@@ -239,8 +257,10 @@ def test_a_file_that_was_converted_leaves_memory(peers):
 
 
 def test_a_picture_imports_no_more_than_it_needs(tiny, tmp_path):
-    code = "import sys, sample, cli\ncli.run(sample.main)\nprint('MODULES', *{name.partition('.')[0] for name in sys.modules})"
-    line = [sys.executable, "-c", code, "--model", tiny / "flow", "--device", "cpu", "--steps", "1", "--out", tmp_path / "x.png", "a"]
+    code = ("import sys, sample, cli\ncli.run(sample.main)\n"
+            "print('MODULES', *{name.partition('.')[0] for name in sys.modules})")
+    line = [sys.executable, "-c", code, "--model", tiny / "flow", "--device", "cpu", "--steps", "1",
+            "--out", tmp_path / "x.png", "a"]
     done = subprocess.run(line, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert not set(done.stdout.split("MODULES ")[1].split()) & {"scipy", "matplotlib", "pandas", "diffusers"}
@@ -260,10 +280,14 @@ def bench(monkeypatch, capsys, *words):
 
 
 def test_the_benchmark_in_small(monkeypatch, capsys, tmp_path):
-    status, out, err = bench(monkeypatch, capsys, "--config", "mini", "--device", "cpu", "--rounds", 1, "--dtypes", "float32", "--batches", "1,2", "--out", tmp_path, "--folder", tmp_path / "model")
+    status, out, err = bench(monkeypatch, capsys, "--config", "mini", "--device", "cpu", "--rounds", 1,
+                             "--dtypes", "float32", "--batches", "1,2",
+                             "--out", tmp_path, "--folder", tmp_path / "model")
     assert status == 0, err
     told = json.loads((tmp_path / "speed-cpu.json").read_text())
-    assert [(row["stage"], row["batch"]) for row in told["rows"]] == [("process start to PNG", 1), ("load", 1)] + [(s, b) for b in (1, 2) for s in ("text", "U-Net", "decoder", "picture")]
+    assert ([(row["stage"], row["batch"]) for row in told["rows"]]
+            == [("process start to PNG", 1), ("load", 1)]
+            + [(s, b) for b in (1, 2) for s in ("text", "U-Net", "decoder", "picture")])
     for row in told["rows"]:
         assert {"ours", "diffusers"} <= row["times"].keys() and all(t["s"] > 0 for t in row["times"].values())
         if row["stage"] in ("text", "U-Net", "decoder"):   # the same weights, the same inputs
@@ -271,15 +295,18 @@ def test_the_benchmark_in_small(monkeypatch, capsys, tmp_path):
     assert told["rows"][0]["times"]["ours"]["peak_gib"] > 0.1 and out.count("| picture |") == 2
     with Image.open(tmp_path / "speed-cpu.png") as image:
         assert image.width > 500
-    assert bench(monkeypatch, capsys, "--config", "mini", "--device", "cpu", "--rounds", 1, "--dtypes", "float32", "--batches", 4, "--out", tmp_path, "--folder", tmp_path / "model")[0] == 0
+    assert bench(monkeypatch, capsys, "--config", "mini", "--device", "cpu", "--rounds", 1, "--dtypes", "float32",
+                 "--batches", 4, "--out", tmp_path, "--folder", tmp_path / "model")[0] == 0
     more = json.loads((tmp_path / "speed-cpu.json").read_text())["rows"]     # beside what was measured before
-    assert [(row["stage"], row["batch"]) for row in more if row["batch"] < 4 and row["stage"] in ("text", "U-Net")] == [(s, b) for b in (1, 2) for s in ("text", "U-Net")]
+    assert ([(row["stage"], row["batch"]) for row in more if row["batch"] < 4 and row["stage"] in ("text", "U-Net")]
+            == [(s, b) for b in (1, 2) for s in ("text", "U-Net")])
     assert sum(row["batch"] == 4 for row in more) == 4
 
 
 
 def test_ratios_are_to_the_peers_best():
-    times = {"ours": {"s": 3.0}, "ours, compiled": {"s": 1.5}, "diffusers": {"s": 4.0}, "diffusers, compiled": {"s": 2.0}}
+    times = {"ours": {"s": 3.0}, "ours, compiled": {"s": 1.5},
+             "diffusers": {"s": 4.0}, "diffusers, compiled": {"s": 2.0}}
     assert speed.ratio(times, "s") == 0.75
 
 
@@ -297,7 +324,8 @@ def test_a_dtype_that_is_none(monkeypatch, capsys):
 @pytest.mark.slow
 def test_compiled_gives_the_same_picture(command, tiny, tmp_path):
     for flags in ([], ["--compile"]):
-        assert command("sample.py", "--model", tiny / "flow", "--device", "cpu", "--steps", 2, "a", *flags, "--out", tmp_path / f"{len(flags)}.png")[0] == 0
+        assert command("sample.py", "--model", tiny / "flow", "--device", "cpu", "--steps", 2, "a", *flags,
+                       "--out", tmp_path / f"{len(flags)}.png")[0] == 0
     assert np.abs(drawn(tmp_path / "0.png") - drawn(tmp_path / "1.png")).max() <= 1
 
 

@@ -18,21 +18,27 @@ CONFIG = dict(
 # token ids
 
 PROMPTS = [
-    "", " ", "\n", "a", "A", "a photo of a cat", "A PHOTO OF A CAT", "  a   photo\tof \n a\r\ncat  ", "a red circle left of a blue square",
-    "cat" * 60, "é" * 90, "a" * 500, "hello,world", "hello , world!", "...", "?!?!", "a.b.c", "end.", "snake_case and kebab-case",
-    "it's", "It's the dog's; they've, we'll, I'd, you're, I'm, can't", "IT'S THE DOG'S", "rock 'n' roll", "'s", "''", "o'clock",
-    "it’s the dog’s", "“curly quotes” and ‘single’ ones", "„low“ «angle» ‹single›", "dash – en — em ― bar", "ellipsis… here",
-    "tom &amp; jerry", "&lt;b&gt;bold&lt;/b&gt;", "&quot;quoted&quot;", "&amp;amp; twice", "&#39;numeric&#39; &eacute;", "a & b", "<b>tags</b>",
-    "café", "cafe\u0301", "naïve façade", "Ångström", "A\u030angström", "ÜBER straße", "ﬁne ligature", "①②③ ½ ²", "ｆｕｌｌ ｗｉｄｔｈ",
-    "İstanbul", "ĲSSELMEER", "Ελληνικά", "ΟΔΥΣΣΕΥΣ", "Привет, мир", "שלום עולם", "مرحبا بالعالم", "नमस्ते दुनिया", "สวัสดี", "日本の桜", "東京タワー", "你好,世界", "한국어",
-    "🎉", "a 🐱 and a 🐶", "👨‍👩‍👧‍👦 family", "👍🏽", "🏳️‍🌈 flag", "☕️ coffee ☃", "❤️❤️❤️", "🇫🇷", "x🎨y",
-    "12345", "3.14159", "1,000,000", "10x20", "4k, 8k, 16k", "2024-01-01", "50%", "$9.99", "€5", "#1", "f/1.8, 85mm", "1st 2nd 3rd",
-    "(masterpiece:1.2), [best quality]", "((detailed))", "{a|b|c}", "<lora:style:0.8>", "artist: greg rutkowski, trending on artstation",
-    "a::b ++ -- == != <= >=", "C++ and C#", "user@example.com", "https://example.com/a?b=c&d=e", "path/to/file.png", "C:\\temp", "`code`", "~^~",
-    "non\u00a0breaking\u00a0space", "thin\u2009space", "zero\u200bwidth", "soft\u00adhyphen", "\ufeffbom", "ideographic\u3000space", "line\u2028separator",
-    "tab\tseparated\tvalues", "line one\nline two\n\nline four", "trailing newline\n", "\u0301leading accent", "Zalgo t\u0335e\u0336x\u0337t",
-    "supercalifragilisticexpialidocious", "pneumonoultramicroscopicsilicovolcanoconiosis", "asdfghjkl qwertyuiop", "aAaAaA", "iPhone XS Max", "eBay",
-    " ".join(f"word{i}" for i in range(300)), " ".join(["cat"] * 75), " ".join(["cat"] * 76), " ".join(["cat"] * 74), " ".join(["a tiny 🐱,"] * 100),
+    "", " ", "\n", "a", "A", "a photo of a cat", "A PHOTO OF A CAT", "  a   photo\tof \n a\r\ncat  ",
+    "a red circle left of a blue square", "cat" * 60, "é" * 90, "a" * 500, "hello,world", "hello , world!", "...",
+    "?!?!", "a.b.c", "end.", "snake_case and kebab-case", "it's",
+    "It's the dog's; they've, we'll, I'd, you're, I'm, can't", "IT'S THE DOG'S", "rock 'n' roll", "'s", "''", "o'clock",
+    "it’s the dog’s", "“curly quotes” and ‘single’ ones", "„low“ «angle» ‹single›", "dash – en — em ― bar",
+    "ellipsis… here", "tom &amp; jerry", "&lt;b&gt;bold&lt;/b&gt;", "&quot;quoted&quot;", "&amp;amp; twice",
+    "&#39;numeric&#39; &eacute;", "a & b", "<b>tags</b>", "café", "cafe\u0301", "naïve façade", "Ångström",
+    "A\u030angström", "ÜBER straße", "ﬁne ligature", "①②③ ½ ²", "ｆｕｌｌ ｗｉｄｔｈ",
+    "İstanbul", "ĲSSELMEER", "Ελληνικά", "ΟΔΥΣΣΕΥΣ", "Привет, мир", "שלום עולם", "مرحبا بالعالم", "नमस्ते दुनिया",
+    "สวัสดี", "日本の桜", "東京タワー", "你好,世界", "한국어", "🎉", "a 🐱 and a 🐶", "👨‍👩‍👧‍👦 family", "👍🏽",
+    "🏳️‍🌈 flag", "☕️ coffee ☃", "❤️❤️❤️", "🇫🇷", "x🎨y", "12345", "3.14159", "1,000,000", "10x20", "4k, 8k, 16k",
+    "2024-01-01", "50%", "$9.99", "€5", "#1", "f/1.8, 85mm", "1st 2nd 3rd",
+    "(masterpiece:1.2), [best quality]", "((detailed))", "{a|b|c}", "<lora:style:0.8>",
+    "artist: greg rutkowski, trending on artstation", "a::b ++ -- == != <= >=", "C++ and C#", "user@example.com",
+    "https://example.com/a?b=c&d=e", "path/to/file.png", "C:\\temp", "`code`", "~^~",
+    "non\u00a0breaking\u00a0space", "thin\u2009space", "zero\u200bwidth", "soft\u00adhyphen", "\ufeffbom",
+    "ideographic\u3000space", "line\u2028separator", "tab\tseparated\tvalues", "line one\nline two\n\nline four",
+    "trailing newline\n", "\u0301leading accent", "Zalgo t\u0335e\u0336x\u0337t",
+    "supercalifragilisticexpialidocious", "pneumonoultramicroscopicsilicovolcanoconiosis", "asdfghjkl qwertyuiop",
+    "aAaAaA", "iPhone XS Max", "eBay", " ".join(f"word{i}" for i in range(300)), " ".join(["cat"] * 75),
+    " ".join(["cat"] * 76), " ".join(["cat"] * 74), " ".join(["a tiny 🐱,"] * 100),
 ]
 
 
@@ -40,7 +46,8 @@ def mixtures(n):
     """Prompts of fragments of the ones above, so that each meets the others' borders."""
     draw = random.Random(0)
     parts = [p for p in PROMPTS if len(p) < 60]
-    return [draw.choice(["", " ", ", ", "\n", " &amp; "]).join(draw.choices(parts, k=draw.randint(2, 6))) for _ in range(n)]
+    return [draw.choice(["", " ", ", ", "\n", " &amp; "]).join(draw.choices(parts, k=draw.randint(2, 6)))
+            for _ in range(n)]
 
 
 PROMPTS = PROMPTS + mixtures(2200 - len(PROMPTS))
@@ -60,7 +67,8 @@ def test_tokens(tokenizer):
     assert not wrong, f"{len(wrong)} prompts differ, the first {wrong[0]}"
 
 
-@pytest.mark.parametrize("prompt", ["a cat <|endoftext|> a dog", "<|startoftext|>a cat", "<end_of_text> a <start_of_text>"])
+@pytest.mark.parametrize("prompt", ["a cat <|endoftext|> a dog", "<|startoftext|>a cat",
+                                    "<end_of_text> a <start_of_text>"])
 def test_only_clips_own_markers_are_markers(tokenizer, prompt):
     # open_clip spells them otherwise, and so reads the last of these as two markers.
     expected = tokenizer([prompt], padding="max_length", max_length=77, truncation=True).input_ids

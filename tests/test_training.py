@@ -80,7 +80,8 @@ def test_optimiser_step_clips_and_takes_the_rate_it_is_given():
 def test_every_item_comes_once_an_epoch(batch, size):
     epochs = 6
     count = -(-epochs * size // batch)
-    order = np.concatenate([training.batch_indices(3, step, batch, size) for step in range(count)])[:epochs * size].reshape(epochs, size)
+    order = np.concatenate([training.batch_indices(3, step, batch, size)
+                            for step in range(count)])[:epochs * size].reshape(epochs, size)
     assert np.array_equal(np.sort(order, 1), np.tile(np.arange(size), (epochs, 1)))
     if size > 4:
         assert len({tuple(epoch) for epoch in order}) == epochs              # each its own permutation
@@ -119,8 +120,9 @@ def test_a_device_that_is_none_is_refused(command, script, device):
     assert one_line(command(script, "--device", device), "argument --device: ", "cannot be used")
 
 
-@pytest.mark.parametrize("flag, value", [("--seed", "-1"), ("--seed", "1.5"), ("--seed", str(2 ** 63)), ("--seed", "\u00b2"), ("--batch", "0"), ("--batch", "+-1"),
-                                         ("--iterations", "ten"), ("--lr", "fast"), ("--iters", "3")])
+@pytest.mark.parametrize("flag, value", [
+    ("--seed", "-1"), ("--seed", "1.5"), ("--seed", str(2 ** 63)), ("--seed", "\u00b2"), ("--batch", "0"),
+    ("--batch", "+-1"), ("--iterations", "ten"), ("--lr", "fast"), ("--iters", "3")])
 def test_a_flag_that_cannot_be_is_refused(command, flag, value):
     words = ("--model", "m", "--pairs", "p", "--out", "o", flag, value)
     assert one_line(command("train_reflow.py", *words), flag, value, "--help")
@@ -188,7 +190,8 @@ def test_a_picture_is_of_its_endings_format_whole_or_not_there(monkeypatch, tmp_
     assert (tmp_path / name).read_bytes().startswith(head)
 
 
-@pytest.mark.parametrize("line", [("scenes.py", "--grid", "grid.png"), ("scenes.py", "--pictures", 2, "--out", "scenes")])
+@pytest.mark.parametrize("line", [("scenes.py", "--grid", "grid.png"),
+                                  ("scenes.py", "--pictures", 2, "--out", "scenes")])
 def test_a_full_disk_leaves_no_half_picture(monkeypatch, tmp_path, command, line):
     monkeypatch.chdir(tmp_path)
     fail_full_disk(monkeypatch)
@@ -199,25 +202,30 @@ def test_a_full_disk_leaves_no_half_picture(monkeypatch, tmp_path, command, line
 def test_a_full_disk_is_one_line(monkeypatch, tmp_path, command, tiny):
     (tmp_path / "prompts.txt").write_text("a\n")
     fail_full_disk(monkeypatch)
-    result = command("pairs.py", "--model", tiny / "flow", "--prompts", tmp_path / "prompts.txt", "--out", tmp_path / "pairs", "--steps", 1, "--device", "cpu")
+    result = command("pairs.py", "--model", tiny / "flow", "--prompts", tmp_path / "prompts.txt",
+                     "--out", tmp_path / "pairs", "--steps", 1, "--device", "cpu")
     status, out, err = result
     assert status == 2 and not out
-    lines = [line for line in re.split("[\r\n]", err) if line.strip() and not line.startswith("pairs: ")]      # but for the progress bar
-    assert len(lines) == 1 and lines[0].startswith("pairs.py: ") and "shard-00000.safetensors: No space left on device; free some space" in lines[0]
+    # but for the progress bar
+    lines = [line for line in re.split("[\r\n]", err) if line.strip() and not line.startswith("pairs: ")]
+    assert (len(lines) == 1 and lines[0].startswith("pairs.py: ")
+            and "shard-00000.safetensors: No space left on device; free some space" in lines[0])
     assert list((tmp_path / "pairs").iterdir()) == []
 
 
 def test_what_is_renamed_was_written_and_synced_before(monkeypatch, tmp_path):
     """The order is what makes a file whole after a power cut."""
     done, (fsync, replace) = [], (checkpoint.os.fsync, checkpoint.os.replace)
-    monkeypatch.setattr(checkpoint.os, "fsync", lambda number: (done.append(("sync", checkpoint.os.fstat(number).st_size)), fsync(number)))
+    monkeypatch.setattr(checkpoint.os, "fsync",
+                        lambda number: (done.append(("sync", checkpoint.os.fstat(number).st_size)), fsync(number)))
     monkeypatch.setattr(checkpoint.os, "replace", lambda a, b: (done.append(("rename", a.read_bytes())), replace(a, b)))
     training.write(tmp_path / "file", b"12345")
     assert done == [("sync", 5), ("rename", b"12345")]
 
 
 TENSORS = {"a": torch.arange(6, dtype=torch.float32).reshape(2, 3).T / 7,    # not contiguous
-           "b.c": torch.tensor(3), "h": torch.tensor([0.1, 70000.0, -0.0], dtype=torch.bfloat16), "e": torch.zeros(0, 4)}
+           "b.c": torch.tensor(3), "h": torch.tensor([0.1, 70000.0, -0.0], dtype=torch.bfloat16),
+           "e": torch.zeros(0, 4)}
 
 
 def test_checkpoint_round_trip(tmp_path):
@@ -242,15 +250,16 @@ def test_no_checkpoint_is_step_0(tmp_path):
 def test_the_newest_checkpoints_are_kept(tmp_path, keep):
     for step in (5, 10, 15, 1000):
         training.save_checkpoint(tmp_path, step, {"step": torch.tensor(step)}, keep=keep)
-    assert sorted(p.name for p in tmp_path.iterdir()) == [f"step-{s:08d}.safetensors" for s in (5, 10, 15, 1000)[-keep:]]
+    assert (sorted(p.name for p in tmp_path.iterdir())
+            == [f"step-{s:08d}.safetensors" for s in (5, 10, 15, 1000)[-keep:]])
 
 
 def cut(path):
     path.write_bytes(path.read_bytes()[:-5])
 
 
-@pytest.mark.parametrize("damage", [cut, lambda p: p.write_bytes(b""), lambda p: p.write_bytes(b"\0" * 4096), lambda p: (p.unlink(), p.mkdir())],
-                         ids=["cut", "empty", "zeros", "folder"])
+@pytest.mark.parametrize("damage", [cut, lambda p: p.write_bytes(b""), lambda p: p.write_bytes(b"\0" * 4096),
+                                    lambda p: (p.unlink(), p.mkdir())], ids=["cut", "empty", "zeros", "folder"])
 def test_a_damaged_checkpoint_is_passed_over(tmp_path, capsys, damage):
     for step in (3, 6):
         training.save_checkpoint(tmp_path, step, {"step": torch.tensor(step)})
@@ -265,11 +274,14 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path, capsys, damage):
 
 def test_a_safetensors_file_as_the_library_reads_it(tmp_path):
     """The header is written here; the library's reader, which checks every offset, has to agree."""
-    tensors = TENSORS | {"long name with \" and ü": torch.tensor([True, False, True]), "i": torch.arange(3, dtype=torch.uint8), "l": torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last)}
+    tensors = TENSORS | {"long name with \" and ü": torch.tensor([True, False, True]),
+                         "i": torch.arange(3, dtype=torch.uint8),
+                         "l": torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last)}
     training.write_tensors(tmp_path / "file", tensors, {"note": "ü"})
     read = load_file(tmp_path / "file")
     assert read.keys() == tensors.keys()
-    assert all(read[k].dtype == v.dtype and read[k].shape == v.shape and torch.equal(read[k], v) for k, v in tensors.items())
+    assert all(read[k].dtype == v.dtype and read[k].shape == v.shape and torch.equal(read[k], v)
+               for k, v in tensors.items())
     with safe_open(tmp_path / "file", "pt") as file:
         assert file.metadata() == {"format": "pt", "note": "ü"}
     training.write_tensors(tmp_path / "half", {"a": TENSORS["a"]}, dtype=torch.float16)
@@ -278,7 +290,8 @@ def test_a_safetensors_file_as_the_library_reads_it(tmp_path):
 
 def test_a_checkpoint_is_written_one_tensor_at_a_time(monkeypatch, tmp_path):
     """What is 14 GB at full size must not be in memory twice, let alone thrice."""
-    tensors = {str(i): torch.randn(2, 2 ** 16, 4, 4).to(memory_format=torch.channels_last) for i in range(24)}      # 8 MiB each
+    # 8 MiB each
+    tensors = {str(i): torch.randn(2, 2 ** 16, 4, 4).to(memory_format=torch.channels_last) for i in range(24)}
     resident, seen = lambda: int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 2 ** 20, []
 
     class Watching:
@@ -338,7 +351,8 @@ def test_a_full_disk_for_real(tmp_path, tiny):
         with pytest.raises(OSError, match="No space left") as caught:
             training.save_checkpoint(disk, 2, {"a": torch.zeros(2 ** 19)})
         assert caught.value.filename == str(disk / "step-00000002.safetensors")
-        assert [p.name for p in disk.iterdir()] == ["step-00000001.safetensors"] and (disk / "step-00000001.safetensors").read_bytes() == whole
+        assert ([p.name for p in disk.iterdir()] == ["step-00000001.safetensors"]
+                and (disk / "step-00000001.safetensors").read_bytes() == whole)
         assert training.load_checkpoint(disk)[0] == 1
     finally:
         subprocess.run(["umount", disk], check=True)
@@ -362,7 +376,8 @@ def train(folder, kill=None, recipe=RECIPE):
         if step == kill:
             raise Killed
         rows = training.batch_indices(0, step, 4, 10)
-        x = torch.from_numpy(training.step_generator(0, step).standard_normal((4, 3)).astype(np.float32)) + torch.from_numpy(rows)[:, None] / 10
+        x = (torch.from_numpy(training.step_generator(0, step).standard_normal((4, 3)).astype(np.float32))
+             + torch.from_numpy(rows)[:, None] / 10)
         losses = (model(x)[:, 0] - x.sum(1)).square()
         losses.mean().backward()
         log.add(losses, torch.from_numpy(rows) / 10, gradient=training.optimiser_step(optimizer, model, lr))
@@ -380,7 +395,8 @@ def test_training_by_hand(whole, tmp_path):
     optimizer, losses = torch.optim.AdamW(model.parameters(), lr=1.0, weight_decay=1e-2), []
     for step in range(SETTINGS.iterations):
         rows = training.batch_indices(0, step, 4, 10)
-        x = torch.from_numpy(training.step_generator(0, step).standard_normal((4, 3)).astype(np.float32)) + torch.from_numpy(rows)[:, None] / 10
+        x = (torch.from_numpy(training.step_generator(0, step).standard_normal((4, 3)).astype(np.float32))
+             + torch.from_numpy(rows)[:, None] / 10)
         loss = (model(x)[:, 0] - x.sum(1)).square().mean()
         optimizer.zero_grad()
         loss.backward()
@@ -407,11 +423,13 @@ def test_a_killed_run_ends_as_an_undisturbed_one_bitwise(whole, tmp_path, kills)
             train(tmp_path, kill)
     model, ema, lines = train(tmp_path)
     assert not list(tmp_path.glob("*.tmp"))
-    for (k, ours), undisturbed in zip([*model.state_dict().items(), *ema.state_dict().items()], [*whole[0].state_dict().values(), *whole[1].state_dict().values()]):
+    for (k, ours), undisturbed in zip([*model.state_dict().items(), *ema.state_dict().items()],
+                                      [*whole[0].state_dict().values(), *whole[1].state_dict().values()]):
         assert torch.equal(ours, undisturbed), k
     assert [line["step"] for line in lines] == [line["step"] for line in whole[2]]
     assert [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()] == lines
-    if kills == (8,):                                                        # went on from 6, where a line of the log had ended
+    # went on from 6, where a line of the log had ended
+    if kills == (8,):
         assert without_time(lines) == without_time(whole[2])
     assert sorted(p.name for p in tmp_path.glob("step-*")) == ["step-00000009.safetensors", "step-00000011.safetensors"]
 
@@ -429,10 +447,12 @@ def test_an_ended_run_can_be_made_longer(tmp_path, monkeypatch):
 def test_other_settings_are_refused_and_named(tmp_path):
     with pytest.raises(Killed):
         train(tmp_path, 4)
-    with pytest.raises(UserError, match=r"holds a run with other settings \(seed, cosine\); give the same ones, or another --out") as caught:
+    with pytest.raises(UserError, match=r"holds a run with other settings \(seed, cosine\); "
+                                        "give the same ones, or another --out") as caught:
         train(tmp_path, recipe={"lr": 0.05, "seed": 1, "cosine": False})
     assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
-    with pytest.raises(UserError, match=r"\(batch\)"):                       # a setting that the checkpoint does not know
+    # a setting that the checkpoint does not know
+    with pytest.raises(UserError, match=r"\(batch\)"):
         train(tmp_path, recipe=RECIPE | {"batch": 4})
     assert training.load_checkpoint(tmp_path)[0] == 3
     train(tmp_path)
@@ -463,7 +483,8 @@ def test_unpacked_adamw_goes_on_bitwise(tmp_path):
     assert ours.keys() == undisturbed.keys() and sum(k.startswith("optimizer.") for k in ours) == 3 * 4
     for k in ours:
         assert torch.equal(ours[k], undisturbed[k]), k
-    forgotten = trained(9, (step, tensors | {k: torch.zeros_like(v) for k, v in tensors.items() if k.endswith("exp_avg")}))
+    forgotten = trained(9, (step, tensors | {k: torch.zeros_like(v) for k, v in tensors.items()
+                                             if k.endswith("exp_avg")}))
     assert not torch.equal(forgotten["model.0.weight"], undisturbed["model.0.weight"])     # the moments matter here
 
 
@@ -501,7 +522,8 @@ def test_a_key_too_few_is_an_error(key):
         trained(1, (1, tensors))
 
 
-@pytest.mark.parametrize("key", ["model.4.weight", "ema.0.other", "optimizer.4.weight.exp_avg", "optimizer.0.weight.other", "else"])
+@pytest.mark.parametrize("key", ["model.4.weight", "ema.0.other", "optimizer.4.weight.exp_avg",
+                                 "optimizer.0.weight.other", "else"])
 def test_a_key_too_many_is_an_error(key):
     with pytest.raises((RuntimeError, KeyError), match=key.split(".", 1)[-1].replace(".", r"\.")):
         trained(1, (1, trained(1) | {key: torch.zeros(1)}))
@@ -513,7 +535,8 @@ def test_a_shape_that_differs_is_an_error():
 
 
 def test_recipe_is_what_decides_the_result(tmp_path):
-    args = Namespace(out="x", device="cpu", log_every=1, save_every=2, sample_every=3, lr=1e-3, seed=0, batch=4, model="m", pairs="p")
+    args = Namespace(out="x", device="cpu", log_every=1, save_every=2, sample_every=3, lr=1e-3, seed=0, batch=4,
+                     model="m", pairs="p")
     assert training.recipe(args) == {"lr": 1e-3, "seed": 0, "batch": 4, "model": "m", "pairs": "p"}
 
 
@@ -532,14 +555,16 @@ def test_a_setting_that_only_one_side_has_is_a_difference(tmp_path, old, new):
 
 # --- skipped steps, memory, processes ---
 
-@pytest.mark.parametrize("gradient, taken", [(999.0, True), (1001.0, False), (float("nan"), False), (float("inf"), False), (-float("inf"), False)])
+@pytest.mark.parametrize("gradient, taken", [(999.0, True), (1001.0, False), (float("nan"), False),
+                                             (float("inf"), False), (-float("inf"), False)])
 def test_a_step_is_skipped_where_the_gradient_is_none(gradient, taken):
     weight = nn.Linear(1, 1, bias=False)
     optimizer, before = training.adamw(weight, 0.1), weight.weight.item()
     weight.weight.grad = torch.tensor([[gradient]])
     norm = training.optimiser_step(optimizer, weight, 0.1, explode=1000.0)
     assert norm == (pytest.approx(999) if taken else float("inf"))
-    assert (weight.weight.item() != before) == taken and weight.weight.grad is None and np.isfinite(weight.weight.item())
+    assert ((weight.weight.item() != before) == taken and weight.weight.grad is None
+            and np.isfinite(weight.weight.item()))
     assert bool(optimizer.state) == taken                                    # AdamW's own count of steps as well
 
 
@@ -549,7 +574,8 @@ def test_skipped_steps_are_counted_and_too_many_are_an_end(tmp_path):
         log.add(torch.tensor([1.0, float("nan")]), gradient=float("inf"))
     log.add(torch.tensor([3.0]), gradient=5.0)
     line = log.write(21, ONE)
-    assert line["skipped"] == 20 and line["gradient"] == 5.0 and line["loss"] == pytest.approx(23 / 21)      # NaN losses are left out
+    # NaN losses are left out
+    assert line["skipped"] == 20 and line["gradient"] == 5.0 and line["loss"] == pytest.approx(23 / 21)
     assert json.loads((tmp_path / "log.jsonl").read_text()) == line
     with pytest.raises(UserError, match="21 of the last 22 steps") as caught:
         log.add(torch.tensor([1.0]), gradient=float("inf"))
@@ -566,8 +592,10 @@ def test_recomputed_activations_give_the_same_gradients():
         if again:
             training.checkpoint_gradients(model, torch.device("cpu"))
         kept = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x), training.autocast(torch.device("cpu"), True):
-            out = model(torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1)), torch.tensor([500.0]), torch.ones(1, 3, 64))
+        with (torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x),
+              training.autocast(torch.device("cpu"), True)):
+            out = model(torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1)), torch.tensor([500.0]),
+                        torch.ones(1, 3, 64))
         out.square().sum().backward()
         unet[again] = {k: p.grad for k, p in model.named_parameters()}, sum(kept)
     assert all(torch.equal(v, unet[True][0][k]) for k, v in unet[False][0].items())
@@ -578,14 +606,19 @@ def test_more_processes_than_gpus_is_one_line(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     for name, value in (("RANK", "10"), ("LOCAL_RANK", "2")):
         monkeypatch.setenv(name, value)
-    with pytest.raises(UserError, match="LOCAL_RANK is 2, but this machine has 2 GPUs; give torchrun --nproc-per-node 2"):
+    with pytest.raises(UserError, match="LOCAL_RANK is 2, but this machine has 2 GPUs; "
+                                        "give torchrun --nproc-per-node 2"):
         training.start("cuda")
 
 
-@pytest.mark.parametrize("world, given", [(ONE, {}), (training.World(0, 2, torch.device("cuda")), {}), (training.World(0, 1, torch.device("cuda")), {"accumulate": 2}),
-                                          (training.World(0, 1, torch.device("cuda")), {"checkpoint": True}), (training.World(0, 1, torch.device("cuda")), {"compile": True})], ids=str)
+@pytest.mark.parametrize("world, given", [
+    (ONE, {}), (training.World(0, 2, torch.device("cuda")), {}),
+    (training.World(0, 1, torch.device("cuda")), {"accumulate": 2}),
+    (training.World(0, 1, torch.device("cuda")), {"checkpoint": True}),
+    (training.World(0, 1, torch.device("cuda")), {"compile": True})], ids=str)
 def test_graphs_are_refused_where_they_cannot_be(world, given):
-    args = Namespace(**dict(lr=1e-3, weight_decay=1e-2, batch=2, accumulate=1, checkpoint=False, compile=False, graphs=True) | given)
+    args = Namespace(**dict(lr=1e-3, weight_decay=1e-2, batch=2, accumulate=1, checkpoint=False, compile=False,
+                            graphs=True) | given)
     with pytest.raises(UserError, match="--graphs is for one process with a GPU"):
         training.prepare(net(), args, world)
 
@@ -600,7 +633,8 @@ def test_compiled_blocks_train_the_same(tiny):
         losses[compiled] = []
         for step in range(3):
             with training.autocast(ONE.device, True):
-                loss = run(torch.full((2, 4, 8, 8), 0.5), torch.tensor([500.0, 3.0]), torch.ones(2, 3, 8)).square().mean()
+                loss = run(torch.full((2, 4, 8, 8), 0.5), torch.tensor([500.0, 3.0]),
+                           torch.ones(2, 3, 8)).square().mean()
             loss.backward()
             training.optimiser_step(optimizer, unet, 1e-2)
             losses[compiled].append(loss.item())
@@ -616,7 +650,8 @@ def test_operations_of_stable_diffusion_are_the_known_ones():
     with torch.device("meta"):
         model = InstaFlow(UNet(unet), VAE(vae), TextTower(text), {"prediction": "velocity"})
     operations = model.operations()
-    assert operations["unet"] / 1e12 == pytest.approx(0.803, abs=0.001) and operations["decoder"] / 1e12 == pytest.approx(2.515, abs=0.01)
+    assert (operations["unet"] / 1e12 == pytest.approx(0.803, abs=0.001)
+            and operations["decoder"] / 1e12 == pytest.approx(2.515, abs=0.01))
 
 
 def test_share_of_the_peak_and_time_left_by_hand(monkeypatch, tmp_path):
@@ -624,10 +659,13 @@ def test_share_of_the_peak_and_time_left_by_hand(monkeypatch, tmp_path):
     log = training.Log(tmp_path, 40, total=100, flops=3e12)
     log.started -= 100
     log.add(torch.ones(500))
-    line = log.write(50, ONE)                              # 500 samples of 3 TFLOP in 100 s, of 312 TFLOP/s; 10 steps in 100 s, 50 to go
-    assert line["mfu"] == pytest.approx(5 * 3 / 312, rel=0.01) and line["hours_left"] == pytest.approx(500 / 3600, rel=0.01)
+    # 500 samples of 3 TFLOP in 100 s, of 312 TFLOP/s; 10 steps in 100 s, 50 to go
+    line = log.write(50, ONE)
+    assert (line["mfu"] == pytest.approx(5 * 3 / 312, rel=0.01)
+            and line["hours_left"] == pytest.approx(500 / 3600, rel=0.01))
     assert line["samples_per_second"] == pytest.approx(5, rel=0.01) and 0.01 < line["memory_gib"] < 100
-    assert [log_module.peak(name) for name in ("NVIDIA H100 PCIe", "NVIDIA H100 80GB HBM3", "NVIDIA H200", "Tesla T4")] == [756e12, 989e12, 989e12, None]
+    assert ([log_module.peak(name) for name in ("NVIDIA H100 PCIe", "NVIDIA H100 80GB HBM3", "NVIDIA H200", "Tesla T4")]
+            == [756e12, 989e12, 989e12, None])
     monkeypatch.setattr(log_module, "hardware", lambda: "2 cores of something")
     log.add(torch.ones(5))
     assert "mfu" not in log.write(60, ONE)
@@ -658,7 +696,8 @@ def test_only_the_writer_writes(tmp_path):
 def test_loss_by_time_by_hand(tmp_path):
     log = training.Log(tmp_path, bins=4)
     log.add(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([0.0, 0.24, 0.25]), gradient=7.0)
-    log.add(torch.tensor([5.0, 8.0, 12.0]), torch.tensor([0.9, 1.0, 0.2499]), gradient=9.0)      # t = 1 is of the last bin
+    # t = 1 is of the last bin
+    log.add(torch.tensor([5.0, 8.0, 12.0]), torch.tensor([0.9, 1.0, 0.2499]), gradient=9.0)
     line = log.write(3, ONE)
     assert line["step"] == 3 and line["gradient"] == 9.0
     assert line["loss"] == pytest.approx(31 / 6)

@@ -174,7 +174,8 @@ def test_stacked_saves_and_loads(nets):
     config = unet.UNetConfig.from_dict(json.loads(json.dumps(stacked.config.to_dict())))
     assert config == stacked.config
     unet.StackedUNet(config).load_state_dict(stacked.state_dict(), strict=True)
-    assert not nets[0].config.stacked and unet.StackedUNet(nets[0].config).config == config              # from a single U-Net's config too
+    # from a single U-Net's config too
+    assert not nets[0].config.stacked and unet.StackedUNet(nets[0].config).config == config
 
 
 def test_config_is_the_peers(nets):
@@ -186,7 +187,8 @@ def test_config_is_the_peers(nets):
 
 @pytest.mark.parametrize("other", [
     dict(use_linear_projection=True), dict(attention_head_dim=[5, 10, 20, 20]), dict(addition_embed_type="text_time"),
-    dict(resnet_out_scale_factor=2.0), dict(timestep_post_act="silu"), dict(mid_block_only_cross_attention=True), dict(down_block_types=["AttnDownBlock2D"] * 4)], ids=lambda d: next(iter(d)))
+    dict(resnet_out_scale_factor=2.0), dict(timestep_post_act="silu"), dict(mid_block_only_cross_attention=True),
+    dict(down_block_types=["AttnDownBlock2D"] * 4)], ids=lambda d: next(iter(d)))
 def test_another_network_is_refused(other):
     with pytest.raises(ValueError):
         unet.UNetConfig.from_dict(SD15 | other)

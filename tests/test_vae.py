@@ -117,7 +117,8 @@ def test_gradients_of_both_halves(vaes):
         grads.append([leaf.grad for leaf in leaves])
     # each half against its own largest, so that neither hides behind the other
     for half in (("encoder", "quant_conv"), ("decoder", "post_quant_conv")):
-        assert gradient_error(*(torch.nn.ModuleList(getattr(net, name) for name in half) for net in (ours, theirs))) <= 2e-4
+        assert gradient_error(*(torch.nn.ModuleList(getattr(net, name) for name in half)
+                                for net in (ours, theirs))) <= 2e-4
     for a, b in zip(*grads):
         assert relative_error(a, b) <= 2e-4
 

@@ -27,7 +27,8 @@ from instaflow import InstaFlow
 from unet import StackedUNet
 
 pytestmark = pytest.mark.usefixtures("plain_convolutions")
-POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69d22eadbb8f32b1258daaa5e2ca24d17e2393\nsize 12345\n"
+POINTER = (b"version https://git-lfs.github.com/spec/v1\n"
+           b"oid sha256:4d7a214614ab2935c943f9e0ff69d22eadbb8f32b1258daaa5e2ca24d17e2393\nsize 12345\n")
 
 
 def tensors_of(model):
@@ -56,7 +57,8 @@ def outputs(peers_unet, peers_vae, peers_text):
     x, image = torch.randn(2, 4, 8, 8), torch.rand(1, 3, 32, 32) * 2 - 1
     with torch.no_grad():
         states = peers_text(tokenize(["a red circle", "日本の桜"])).last_hidden_state
-        return [states, peers_unet(x, 421.5, states).sample, peers_vae.decode(x[:1]).sample, peers_vae.encode(image).latent_dist.mean]
+        return [states, peers_unet(x, 421.5, states).sample, peers_vae.decode(x[:1]).sample,
+                peers_vae.encode(image).latent_dist.mean]
 
 
 # --- folders ---
@@ -70,7 +72,8 @@ def test_a_folder_of_the_peers_computes_what_they_compute(model, peers):
     ours = [states, model.unet(x, 421.5, states), model.vae.decode(x[:1]), model.vae.encode(image)[0]]
     for got, expected in zip(ours, outputs(peers.unet, peers.vae, peers.text), strict=True):
         assert relative_error(got, expected) <= 2e-5
-    assert (model.info["prediction"], model.info["sampler"], model.info["steps"], model.info["guidance"]) == ("epsilon", "dpm", 25, 7.5)
+    assert (model.info["prediction"], model.info["sampler"], model.info["steps"], model.info["guidance"]) == (
+        "epsilon", "dpm", 25, 7.5)
 
 
 def to_bin(folder, part):
@@ -137,17 +140,20 @@ def test_fp16_variants(peers, model, tmp_path, sharded):
         assert "fp16" in weights.weight_files(folder / part, part, torch.float16)[0].name
         (folder / part / (weights.TEXT_FILE if part == "text_encoder" else weights.UNET_FILE)).unlink()
     half = tensors_of(InstaFlow.load(folder))
-    assert all(v.dtype == torch.float32 and torch.equal(v, tensors_of(model)[k].half().float()) for k, v in half.items())
+    assert all(v.dtype == torch.float32 and torch.equal(v, tensors_of(model)[k].half().float())
+               for k, v in half.items())
     assert {v.dtype for v in tensors_of(InstaFlow.load(folder, dtype=torch.float16)).values()} == {torch.float16}
 
 
 @pytest.mark.parametrize("kind", ["StableDiffusionPipeline", "RectifiedFlowPipeline"])
 def test_a_model_that_predicts_something_else_is_refused(copy, kind):
-    """Stable Diffusion's scheduler tells what it predicts; the one left over in a rectified flow's folder means nothing."""
+    """Stable Diffusion's scheduler tells what it predicts; the one left over in a rectified flow's folder means
+    nothing."""
     (copy / "model_index.json").write_text(json.dumps({"_class_name": kind}))
     (copy / "scheduler").mkdir()
     (copy / "scheduler" / "scheduler_config.json").write_text('{"prediction_type": "epsilon"}')
-    assert InstaFlow.load(copy).info["prediction"] == {"StableDiffusionPipeline": "epsilon", "RectifiedFlowPipeline": "velocity"}[kind]
+    assert InstaFlow.load(copy).info["prediction"] == {"StableDiffusionPipeline": "epsilon",
+                                                       "RectifiedFlowPipeline": "velocity"}[kind]
     (copy / "scheduler" / "scheduler_config.json").write_text('{"prediction_type": "v_prediction"}')
     if kind == "RectifiedFlowPipeline":
         assert InstaFlow.load(copy).info["prediction"] == "velocity"
@@ -191,7 +197,8 @@ def test_diffusers_and_transformers_open_our_folder_strictly(model, peers, tmp_p
     text, loading = CLIPTextModel.from_pretrained(tmp_path / "ours" / "text_encoder", output_loading_info=True)
     assert not loading["missing_keys"] and not loading["unexpected_keys"]
     for got, expected in zip(outputs(unet, vae, text), outputs(peers.unet, peers.vae, peers.text), strict=True):
-        assert relative_error(got, expected) <= 1e-5       # the same weights; where in memory they lie may change the last digit
+        # the same weights; where in memory they lie may change the last digit
+        assert relative_error(got, expected) <= 1e-5
 
 
 @pytest.mark.parametrize("dtype", [None, torch.float16])
@@ -208,7 +215,8 @@ def test_diffusers_reads_our_single_file(model, peers, tmp_path, dtype):
     converted = convert_ldm_clip_checkpoint(load_file(file))
     prefix = "text_model." if any(k.startswith("text_model.") for k in text.state_dict()) else ""
     text.load_state_dict({prefix + k.removeprefix("text_model."): v for k, v in converted.items()}, strict=True)
-    for got, expected in zip(outputs(unet.float(), vae.float(), text), outputs(peers.unet, peers.vae, peers.text), strict=True):
+    for got, expected in zip(outputs(unet.float(), vae.float(), text), outputs(peers.unet, peers.vae, peers.text),
+                             strict=True):
         assert relative_error(got, expected) <= (1e-5 if dtype is None else 0.02)
     again = InstaFlow.load(file)
     assert again.info == model.info and again.base is None
@@ -221,27 +229,37 @@ def test_a_whole_pipeline_from_our_single_file(model, peers, tokenizer, tmp_path
     tokenizer.save_pretrained(tmp_path / "config" / "tokenizer")
     shutil.copytree(peers.path, tmp_path / "config", dirs_exist_ok=True)
     (tmp_path / "config" / "scheduler").mkdir()
-    (tmp_path / "config" / "scheduler" / "scheduler_config.json").write_text('{"_class_name": "PNDMScheduler", "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "skip_prk_steps": true, "steps_offset": 1}')
+    (tmp_path / "config" / "scheduler" / "scheduler_config.json").write_text(
+        '{"_class_name": "PNDMScheduler", "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, '
+        '"skip_prk_steps": true, "steps_offset": 1}')
     (tmp_path / "config" / "model_index.json").write_text(json.dumps({
-        "_class_name": "StableDiffusionPipeline", "scheduler": ["diffusers", "PNDMScheduler"], "unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "AutoencoderKL"],
-        "text_encoder": ["transformers", "CLIPTextModel"], "tokenizer": ["transformers", "CLIPTokenizer"], "safety_checker": [None, None], "feature_extractor": [None, None], "requires_safety_checker": False}))
+        "_class_name": "StableDiffusionPipeline", "scheduler": ["diffusers", "PNDMScheduler"],
+        "unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "AutoencoderKL"],
+        "text_encoder": ["transformers", "CLIPTextModel"], "tokenizer": ["transformers", "CLIPTokenizer"],
+        "safety_checker": [None, None], "feature_extractor": [None, None], "requires_safety_checker": False}))
     model.save(tmp_path / "model.safetensors")
-    pipe = StableDiffusionPipeline.from_single_file(str(tmp_path / "model.safetensors"), config=str(tmp_path / "config"), local_files_only=True)
-    for got, expected in zip(outputs(pipe.unet, pipe.vae, pipe.text_encoder), outputs(peers.unet, peers.vae, peers.text), strict=True):
-        assert relative_error(got, expected) <= 1e-5       # the same weights; where in memory they lie may change the last digit
+    pipe = StableDiffusionPipeline.from_single_file(str(tmp_path / "model.safetensors"),
+                                                    config=str(tmp_path / "config"), local_files_only=True)
+    for got, expected in zip(outputs(pipe.unet, pipe.vae, pipe.text_encoder),
+                             outputs(peers.unet, peers.vae, peers.text), strict=True):
+        # the same weights; where in memory they lie may change the last digit
+        assert relative_error(got, expected) <= 1e-5
 
 
 def test_a_stacked_model_saves_and_loads(model, tmp_path):
-    stacked = InstaFlow(StackedUNet.from_unet(model.unet), model.vae, model.text, {"prediction": "velocity", "steps": 1, "guidance": 1.0})
+    stacked = InstaFlow(StackedUNet.from_unet(model.unet), model.vae, model.text,
+                        {"prediction": "velocity", "steps": 1, "guidance": 1.0})
     with torch.no_grad():
         stacked.unet.second.conv_out.weight.mul_(2)
     stacked.save(tmp_path / "stacked")
     keys = set(load_file(tmp_path / "stacked" / "unet" / weights.UNET_FILE))
-    assert {key.split(".")[0] for key in keys} == {"first", "second"} and not keys & {"first.conv_out.weight", "first.conv_norm_out.weight", "second.conv_in.weight"}
+    assert ({key.split(".")[0] for key in keys} == {"first", "second"}
+            and not keys & {"first.conv_out.weight", "first.conv_norm_out.weight", "second.conv_in.weight"})
     assert json.loads((tmp_path / "stacked" / "unet" / "config.json").read_text())["stacked"] is True
     again = InstaFlow.load(tmp_path / "stacked")
     assert same(again, stacked)
-    assert relative_error(again.latents(["a"], height=64, width=64), stacked.latents(["a"], height=64, width=64)) <= 1e-5
+    assert relative_error(again.latents(["a"], height=64, width=64),
+                          stacked.latents(["a"], height=64, width=64)) <= 1e-5
     with pytest.raises(UserError, match="a stacked U-Net has no single-file layout"):
         stacked.save(tmp_path / "one.safetensors")
 
@@ -264,17 +282,23 @@ def single(model):
 @pytest.fixture
 def sizes(model, monkeypatch):
     """Others' files say nothing of their sizes, which then are Stable Diffusion's: here, the small ones."""
-    told = {"unet": model.unet.config.to_dict(), "vae": model.vae.config.to_dict(), "text_encoder": model.text.config.to_dict()}
+    told = {"unet": model.unet.config.to_dict(), "vae": model.vae.config.to_dict(),
+            "text_encoder": model.text.config.to_dict()}
     monkeypatch.setattr(single_file, "facts", lambda path: told)
 
 
 def with_baggage(tensors):
     """What the released files hold beside the weights."""
-    more = {"model_ema." + k.removeprefix("model.").replace(".", ""): v + 1 for k, v in tensors.items() if k.startswith("model.diffusion_model.")}
-    more |= {"model_ema.decay": torch.tensor(0.9999), "model_ema.num_updates": torch.tensor(7), "logvar": torch.zeros(1000), "betas": torch.zeros(1000, dtype=torch.float64)}
-    more |= {k: torch.zeros(1000) for k in ("alphas_cumprod", "alphas_cumprod_prev", "sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod", "log_one_minus_alphas_cumprod",
-                                            "sqrt_recip_alphas_cumprod", "sqrt_recipm1_alphas_cumprod", "posterior_variance", "posterior_log_variance_clipped", "posterior_mean_coef1", "posterior_mean_coef2")}
-    return tensors | more | {"cond_stage_model.transformer.text_model.embeddings.position_ids": torch.arange(77)[None], "first_stage_model.loss.logvar": torch.zeros(())}
+    more = {"model_ema." + k.removeprefix("model.").replace(".", ""): v + 1
+            for k, v in tensors.items() if k.startswith("model.diffusion_model.")}
+    more |= {"model_ema.decay": torch.tensor(0.9999), "model_ema.num_updates": torch.tensor(7),
+             "logvar": torch.zeros(1000), "betas": torch.zeros(1000, dtype=torch.float64)}
+    more |= {k: torch.zeros(1000) for k in (
+        "alphas_cumprod", "alphas_cumprod_prev", "sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod",
+        "log_one_minus_alphas_cumprod", "sqrt_recip_alphas_cumprod", "sqrt_recipm1_alphas_cumprod",
+        "posterior_variance", "posterior_log_variance_clipped", "posterior_mean_coef1", "posterior_mean_coef2")}
+    return tensors | more | {"cond_stage_model.transformer.text_model.embeddings.position_ids": torch.arange(77)[None],
+                             "first_stage_model.loss.logvar": torch.zeros(())}
 
 
 def nai(tensors):
@@ -283,7 +307,8 @@ def nai(tensors):
     return {k: v.flatten(1) if ".attn_1." in k and v.dim() == 4 else v for k, v in out.items()}
 
 
-@pytest.mark.parametrize("change", [dict, with_baggage, nai], ids=["plain", "with EMA and buffers", "bare text, flat attention"])
+@pytest.mark.parametrize("change", [dict, with_baggage, nai],
+                         ids=["plain", "with EMA and buffers", "bare text, flat attention"])
 @pytest.mark.parametrize("kind", ["safetensors", "ckpt", "ckpt of a trainer", "old ckpt"])
 def test_single_files_of_others(model, single, sizes, tmp_path, monkeypatch, kind, change):
     tensors, file = change(single), tmp_path / ("m.safetensors" if kind == "safetensors" else "m.ckpt")
@@ -293,14 +318,18 @@ def test_single_files_of_others(model, single, sizes, tmp_path, monkeypatch, kin
         torch.save(tensors, file)
     elif kind == "old ckpt":
         torch.save({"state_dict": tensors}, file, _use_new_zipfile_serialization=False)
-    else:                                                  # Stable Diffusion 1.4's holds its trainer's classes and numpy's numbers
+    else:
+        # Stable Diffusion 1.4's holds its trainer's classes and numpy's numbers
         module = types.ModuleType("pytorch_lightning.callbacks.model_checkpoint")
         module.ModelCheckpoint = type("ModelCheckpoint", (), {"__module__": module.__name__})
         for name in ("pytorch_lightning", "pytorch_lightning.callbacks", module.__name__):
             monkeypatch.setitem(sys.modules, name, module)
-        torch.save({"state_dict": tensors, "global_step": np.int64(470000), "callbacks": {module.ModelCheckpoint: {"best": np.float64(0.5)}}, "hook": module.ModelCheckpoint()}, file)
+        torch.save({"state_dict": tensors, "global_step": np.int64(470000),
+                    "callbacks": {module.ModelCheckpoint: {"best": np.float64(0.5)}},
+                    "hook": module.ModelCheckpoint()}, file)
         monkeypatch.undo()
-        told = {"unet": model.unet.config.to_dict(), "vae": model.vae.config.to_dict(), "text_encoder": model.text.config.to_dict()}
+        told = {"unet": model.unet.config.to_dict(), "vae": model.vae.config.to_dict(),
+                "text_encoder": model.text.config.to_dict()}
         monkeypatch.setattr(single_file, "facts", lambda path: told)
         assert "pytorch_lightning" not in sys.modules
     with pytest.raises(UserError, match="does not say what its U-Net predicts") as error:
@@ -318,14 +347,19 @@ class Harmful:
 def test_a_pickle_that_could_run_code_is_not_run(single, tmp_path, monkeypatch, zipped):
     monkeypatch.chdir(tmp_path)
     torch.save({"state_dict": single, "callbacks": Harmful()}, "m.ckpt", _use_new_zipfile_serialization=zipped)
-    with pytest.raises(UserError, match=r"m\.ckpt holds a Python object, (posix|os)\.system, which could run code.*\.safetensors") as error:
+    with pytest.raises(UserError, match=r"m\.ckpt holds a Python object, (posix|os)\.system, "
+                                        r"which could run code.*\.safetensors") as error:
         InstaFlow.load("m.ckpt", prediction="epsilon")
     assert "\n" not in str(error.value) and not Path("harmed").exists()
 
 
 OTHERS = {
-    "Stable Diffusion XL": {"model.diffusion_model.input_blocks.0.0.weight": (320, 4, 3, 3), "first_stage_model.decoder.conv_in.bias": (8,), "conditioner.embedders.0.transformer.text_model.final_layer_norm.bias": (8,)},
-    "Stable Diffusion 2": {"model.diffusion_model.input_blocks.0.0.weight": (320, 4, 3, 3), "first_stage_model.decoder.conv_in.bias": (8,), "cond_stage_model.model.ln_final.bias": (1024,)},
+    "Stable Diffusion XL": {"model.diffusion_model.input_blocks.0.0.weight": (320, 4, 3, 3),
+                            "first_stage_model.decoder.conv_in.bias": (8,),
+                            "conditioner.embedders.0.transformer.text_model.final_layer_norm.bias": (8,)},
+    "Stable Diffusion 2": {"model.diffusion_model.input_blocks.0.0.weight": (320, 4, 3, 3),
+                           "first_stage_model.decoder.conv_in.bias": (8,),
+                           "cond_stage_model.model.ln_final.bias": (1024,)},
     "Stable Diffusion 3": {"model.diffusion_model.joint_blocks.0.x_block.attn.qkv.bias": (8,)},
     "Flux": {"double_blocks.0.img_attn.qkv.weight": (8, 8)},
     "ControlNet": {"control_model.input_blocks.0.0.weight": (8, 4, 3, 3)},
@@ -350,15 +384,25 @@ def first(tensors, start):
 
 
 WRONG = {
-    "missing": (lambda t: t.pop("model.diffusion_model.input_blocks.1.1.proj_in.weight"), r"lacks tensor model\.diffusion_model\.input_blocks\.1\.1\.proj_in\.weight \(1 in all\)"),
-    "missing text": (lambda t: t.pop("cond_stage_model.transformer.text_model.encoder.layers.1.self_attn.k_proj.bias"), r"lacks tensor cond_stage_model\.transformer\.text_model\.encoder\.layers\.1\.self_attn\.k_proj\.bias"),
-    "unknown": (lambda t: t.update({"first_stage_model.more": torch.zeros(1)}), r"has an unknown tensor first_stage_model\.more"),
-    "unknown at the root": (lambda t: t.update({"embedding_manager.x": torch.zeros(1)}), r"has an unknown tensor embedding_manager\.x"),
-    "inpainting": (lambda t: t.update({"model.diffusion_model.input_blocks.0.0.weight": torch.zeros(16, 9, 3, 3)}), r"input_blocks\.0\.0\.weight is \[16, 9, 3, 3\], but .* \[16, 4, 3, 3\]"),
-    "attention": (lambda t: t.update({"first_stage_model.decoder.mid.attn_1.q.weight": torch.zeros(32, 32, 3, 3)}), r"attn_1\.q\.weight is \[32, 32, 3, 3\]"),
-    "whole numbers": (lambda t: t.update({"model.diffusion_model.out.2.bias": torch.zeros(4, dtype=torch.int32)}), r"out\.2\.bias is torch\.int32"),
-    "8 bits": (lambda t: t.update({"model.diffusion_model.out.2.bias": torch.zeros(4).to(torch.float8_e4m3fn)}), r"out\.2\.bias is torch\.float8_e4m3fn"),
-    "two halves": (lambda t: t.update({k: v.bfloat16() if k.endswith("out.2.bias") else v.half() for k, v in t.items()}), "damaged"),
+    "missing": (lambda t: t.pop("model.diffusion_model.input_blocks.1.1.proj_in.weight"),
+                r"lacks tensor model\.diffusion_model\.input_blocks\.1\.1\.proj_in\.weight \(1 in all\)"),
+    "missing text": (
+        lambda t: t.pop("cond_stage_model.transformer.text_model.encoder.layers.1.self_attn.k_proj.bias"),
+        r"lacks tensor cond_stage_model\.transformer\.text_model\.encoder\.layers\.1\.self_attn\.k_proj\.bias"),
+    "unknown": (lambda t: t.update({"first_stage_model.more": torch.zeros(1)}),
+                r"has an unknown tensor first_stage_model\.more"),
+    "unknown at the root": (lambda t: t.update({"embedding_manager.x": torch.zeros(1)}),
+                            r"has an unknown tensor embedding_manager\.x"),
+    "inpainting": (lambda t: t.update({"model.diffusion_model.input_blocks.0.0.weight": torch.zeros(16, 9, 3, 3)}),
+                   r"input_blocks\.0\.0\.weight is \[16, 9, 3, 3\], but .* \[16, 4, 3, 3\]"),
+    "attention": (lambda t: t.update({"first_stage_model.decoder.mid.attn_1.q.weight": torch.zeros(32, 32, 3, 3)}),
+                  r"attn_1\.q\.weight is \[32, 32, 3, 3\]"),
+    "whole numbers": (lambda t: t.update({"model.diffusion_model.out.2.bias": torch.zeros(4, dtype=torch.int32)}),
+                      r"out\.2\.bias is torch\.int32"),
+    "8 bits": (lambda t: t.update({"model.diffusion_model.out.2.bias": torch.zeros(4).to(torch.float8_e4m3fn)}),
+               r"out\.2\.bias is torch\.float8_e4m3fn"),
+    "two halves": (lambda t: t.update({k: v.bfloat16() if k.endswith("out.2.bias") else v.half()
+                                       for k, v in t.items()}), "damaged"),
 }
 
 
@@ -392,8 +436,10 @@ def test_shards_that_do_not_agree_with_their_index(copy, peers):
         with pytest.raises(UserError, match=words) as error:
             InstaFlow.load(copy)
         assert str(copy / "unet") in str(error.value) and "\n" not in str(error.value)
-    for edit, words in (({key: files[1]}, f"{files[0]} holds tensor {key}, which .* has in {files[1]}"), ({"more": files[0]}, f"{files[0]} lacks tensor more"),
-                        ({key: "../x.safetensors"}, "no weight_map"), ({key: 3}, "no weight_map"), ({key: "none.safetensors"}, "holds tensor|none.safetensors is missing")):
+    for edit, words in (({key: files[1]}, f"{files[0]} holds tensor {key}, which .* has in {files[1]}"),
+                        ({"more": files[0]}, f"{files[0]} lacks tensor more"),
+                        ({key: "../x.safetensors"}, "no weight_map"), ({key: 3}, "no weight_map"),
+                        ({key: "none.safetensors"}, "holds tensor|none.safetensors is missing")):
         index.write_text(json.dumps(whole | {"weight_map": whole["weight_map"] | edit}))
         fails(words)
     index.write_text(json.dumps(whole))
@@ -418,7 +464,8 @@ def join(header, data, length=None):
 
 def damaged(raw, draw):
     """One of the ways a file goes bad."""
-    kind = draw.choice(["cut", "header bit", "length bit", "huge length", "dtype", "shape", "dropped", "doubled", "renamed", "offsets", "grown", "data cut"])
+    kind = draw.choice(["cut", "header bit", "length bit", "huge length", "dtype", "shape", "dropped", "doubled",
+                        "renamed", "offsets", "grown", "data cut"])
     header, data = split(raw)
     keys = [k for k in header if k != "__metadata__"]
     key, other = draw.sample(keys, 2)
@@ -437,18 +484,23 @@ def damaged(raw, draw):
     if kind == "grown":
         return raw + draw.randbytes(draw.randrange(1, 100))
     if kind == "dtype":
-        header[key]["dtype"] = draw.choice(["I32", "U32", "F16", "BF16", "F64", "F8_E4M3", "BOOL", "I64", "C64", "F128", ""])
+        header[key]["dtype"] = draw.choice(["I32", "U32", "F16", "BF16", "F64", "F8_E4M3", "BOOL", "I64", "C64",
+                                            "F128", ""])
     elif kind == "shape":
-        header[key]["shape"] = draw.choice([header[other]["shape"], header[key]["shape"][::-1] + [1], [-1], [2 ** 62, 4], []])
+        header[key]["shape"] = draw.choice([header[other]["shape"], header[key]["shape"][::-1] + [1],
+                                            [-1], [2 ** 62, 4], []])
     elif kind == "dropped":
         del header[key]
     elif kind == "doubled":
         header[draw.choice([key + ".again", "." + key, key + "_orig"])] = header[key]
     elif kind == "renamed":
-        header[key], header[other] = (header[other], header[key]) if draw.random() < 0.5 and header[key]["shape"] != header[other]["shape"] else (header[key], header[key])
+        header[key], header[other] = (
+            (header[other], header[key]) if draw.random() < 0.5 and header[key]["shape"] != header[other]["shape"]
+            else (header[key], header[key]))
     elif kind == "offsets":
         at = draw.randrange(2)
-        header[key]["data_offsets"][at] = max(0, header[key]["data_offsets"][at] + draw.choice([-4, 4, 2 ** 40, 2 ** 62]))
+        header[key]["data_offsets"][at] = max(0, header[key]["data_offsets"][at]
+                                              + draw.choice([-4, 4, 2 ** 40, 2 ** 62]))
     return join(header, data)
 
 
@@ -465,13 +517,15 @@ def test_a_thousand_damaged_files(tiny, tmp_path):
         started = time.perf_counter()
         try:
             got = weights.load_vae(folder).state_dict()
-            assert got.keys() == right.keys() and all(torch.equal(v, right[k]) for k, v in got.items()), f"file {i} was read as other tensors"
+            assert (got.keys() == right.keys()
+                    and all(torch.equal(v, right[k]) for k, v in got.items())), f"file {i} was read as other tensors"
             whole += 1
         except UserError as error:
             assert str(file) in str(error) and "\n" not in str(error) and len(str(error)) < 500
         slowest = max(slowest, time.perf_counter() - started)
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
-    assert 0 < whole < 200 and slowest < 10 and grown < 100, f"{whole} whole, slowest {slowest:.1f} s, {grown:.0f} MiB more"
+    assert 0 < whole < 200 and slowest < 10 and grown < 100, (
+        f"{whole} whole, slowest {slowest:.1f} s, {grown:.0f} MiB more")
 
 
 def test_damaged_pickles(tiny, tmp_path):
@@ -484,7 +538,9 @@ def test_damaged_pickles(tiny, tmp_path):
         raw, failed = file.read_bytes(), 0
         for i in range(100):
             at = draw.randrange(len(raw))
-            bad = raw[:at] if i % 2 or not zipped else raw[:at] + bytes([raw[at] ^ 1 << draw.randrange(8)]) + raw[at + 1:]     # an old file has no checksum
+            # an old file has no checksum
+            bad = (raw[:at] if i % 2 or not zipped
+                   else raw[:at] + bytes([raw[at] ^ 1 << draw.randrange(8)]) + raw[at + 1:])
             (folder / "next").write_bytes(bad)
             os.replace(folder / "next", file)
             try:
@@ -514,8 +570,10 @@ def test_a_file_that_may_not_be_read_is_not_called_missing(name):
 
 
 @pytest.mark.parametrize("name, content, words", [
-    ("m.safetensors", POINTER, "git lfs pull"), ("m.ckpt", POINTER, "git lfs pull"), ("m.safetensors", b"", "cut download"), ("m.ckpt", b"", "cut download"), ("m.ckpt", b"PK\3\4", "cut download"),
-    ("m.ckpt", b"<html>not found</html>", "cut download"), ("m.safetensors", b"<html>not found</html>" * 9, "cut download")])
+    ("m.safetensors", POINTER, "git lfs pull"), ("m.ckpt", POINTER, "git lfs pull"),
+    ("m.safetensors", b"", "cut download"), ("m.ckpt", b"", "cut download"), ("m.ckpt", b"PK\3\4", "cut download"),
+    ("m.ckpt", b"<html>not found</html>", "cut download"),
+    ("m.safetensors", b"<html>not found</html>" * 9, "cut download")])
 def test_what_is_no_weights_at_all(tmp_path, name, content, words):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=words) as error:
@@ -546,9 +604,13 @@ class Hub(BaseHTTPRequestHandler):
         if not path.startswith(("/api/models/some/model", "/some/model/")):
             status, headers["X-Error-Code"] = 404, "RepoNotFound"
         elif "/tree/" in path:
-            data = json.dumps([{"type": "file", "path": name, "size": p.stat().st_size, "oid": hashlib.sha1(p.read_bytes()).hexdigest()} for name, p in files.items()]).encode()
+            data = json.dumps([{"type": "file", "path": name, "size": p.stat().st_size,
+                                "oid": hashlib.sha1(p.read_bytes()).hexdigest()}
+                               for name, p in files.items()]).encode()
         elif path.startswith("/api/"):
-            data = json.dumps({"id": "some/model", "modelId": "some/model", "sha": self.revision, "siblings": [{"rfilename": name} for name in files], "tags": [], "private": False}).encode()
+            data = json.dumps({"id": "some/model", "modelId": "some/model", "sha": self.revision,
+                               "siblings": [{"rfilename": name} for name in files],
+                               "tags": [], "private": False}).encode()
         else:
             name = path.partition(f"/resolve/{self.revision}/")[2] or path.partition("/resolve/main/")[2]
             data = files[name].read_bytes()
@@ -563,7 +625,8 @@ class Hub(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """ask(name, dtype, online): where `name` is found, on a hub with the files of tmp_path/repository and with a cache of its own."""
+    """ask(name, dtype, online): where `name` is found, on a hub with the files of tmp_path/repository and with a cache
+    of its own."""
     from huggingface_hub import constants
     Hub.folder, Hub.asked = tmp_path / "repository", []
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
@@ -573,7 +636,10 @@ def hub(tmp_path, monkeypatch):
 
     def ask(name="some/model", dtype=torch.float32, online=True, endpoint=None):
         url = endpoint or f"http://127.0.0.1:{server.server_port}"
-        for key, value in {"ENDPOINT": url, "HUGGINGFACE_CO_URL_TEMPLATE": url + "/{repo_id}/resolve/{revision}/{filename}", "HF_HUB_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": not online, "HF_HUB_DISABLE_XET": True}.items():
+        for key, value in {"ENDPOINT": url,
+                           "HUGGINGFACE_CO_URL_TEMPLATE": url + "/{repo_id}/resolve/{revision}/{filename}",
+                           "HF_HUB_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": not online,
+                           "HF_HUB_DISABLE_XET": True}.items():
             monkeypatch.setattr(constants, key, value)
         try:
             return str(locate(name, dtype))
@@ -587,14 +653,17 @@ def test_a_hub_name_is_fetched_once_and_only_what_is_needed(hub, peers, model, t
     shutil.copytree(peers.path, tmp_path / "repository")
     repository = tmp_path / "repository"
     half = shutil.copytree(peers.path / "unet", tmp_path / "half")
-    save_file({k: v.half() for k, v in load_file(half / weights.UNET_FILE).items()}, repository / "unet" / "diffusion_pytorch_model.fp16.safetensors")
-    for name in ("v1-5-pruned.ckpt", "unet/diffusion_pytorch_model.bin", "unet/diffusion_pytorch_model.non_ema.safetensors", "safety_checker/model.safetensors", "README.md"):
+    save_file({k: v.half() for k, v in load_file(half / weights.UNET_FILE).items()},
+              repository / "unet" / "diffusion_pytorch_model.fp16.safetensors")
+    for name in ("v1-5-pruned.ckpt", "unet/diffusion_pytorch_model.bin",
+                 "unet/diffusion_pytorch_model.non_ema.safetensors", "safety_checker/model.safetensors", "README.md"):
         (repository / name).parent.mkdir(exist_ok=True)
         (repository / name).write_bytes(b"large")
     found = hub()
     assert same(InstaFlow.load(found), model)
-    assert set(Hub.asked) == {"model_index.json", "unet/config.json", "unet/diffusion_pytorch_model.safetensors", "vae/config.json", "vae/diffusion_pytorch_model.safetensors",
-                              "text_encoder/config.json", "text_encoder/model.safetensors"}
+    assert set(Hub.asked) == {
+        "model_index.json", "unet/config.json", "unet/diffusion_pytorch_model.safetensors", "vae/config.json",
+        "vae/diffusion_pytorch_model.safetensors", "text_encoder/config.json", "text_encoder/model.safetensors"}
     assert hub(online=False) == found                      # its cache, off-line
     assert hub(endpoint="http://127.0.0.1:9") == found     # nobody answers there
     assert hub(dtype=torch.float16) == found
@@ -605,21 +674,32 @@ def test_a_model_of_the_hub_leans_on_no_cache(peers, monkeypatch, tmp_path):
     monkeypatch.setattr("hub.locate", lambda path, dtype=None: peers.path)
     model = InstaFlow.load("some/model")
     model.save(tmp_path / "mine")
-    assert (tmp_path / "mine" / "vae").is_dir() and "base" not in json.loads((tmp_path / "mine" / "instaflow.json").read_text())
+    assert ((tmp_path / "mine" / "vae").is_dir()
+            and "base" not in json.loads((tmp_path / "mine" / "instaflow.json").read_text()))
 
 
 def test_a_hub_name_that_cannot_be_fetched_is_one_line(hub, tmp_path):
     (tmp_path / "repository").mkdir()
     (tmp_path / "repository" / "v1-5.safetensors").write_bytes(b"large")
-    for line, words in ((hub("some/other"), "as a hub name it cannot be fetched"), (hub("some/model", online=False), "as a hub name it cannot be fetched"), (hub(), "no unet/ with config.json and weights")):
+    for line, words in ((hub("some/other"), "as a hub name it cannot be fetched"),
+                        (hub("some/model", online=False), "as a hub name it cannot be fetched"),
+                        (hub(), "no unet/ with config.json and weights")):
         assert line.startswith("one line: some/") and words in line and "\n" not in line
     assert Hub.asked == []
 
 
 def test_which_files_of_a_repository_are_needed():
-    listed = ["unet/config.json", "unet/diffusion_pytorch_model.safetensors.index.json", "unet/diffusion_pytorch_model-00001-of-00002.safetensors", "unet/diffusion_pytorch_model-00002-of-00002.safetensors",
-              "unet/diffusion_pytorch_model.safetensors.index.fp16.json", "unet/diffusion_pytorch_model-00001-of-00001.fp16.safetensors", "vae/config.json", "vae/diffusion_pytorch_model.bin",
-              "text_encoder/config.json", "text_encoder/pytorch_model.bin", "text_encoder/model.fp16.safetensors", "model_index.json", "feature_extractor/preprocessor_config.json", "scheduler/scheduler_config.json"]
-    rest = ["vae/config.json", "vae/diffusion_pytorch_model.bin", "text_encoder/config.json", "text_encoder/model.fp16.safetensors"]
-    assert needed(listed) == ["model_index.json", "scheduler/scheduler_config.json", *[listed[i] for i in (0, 1, 2, 3)], *rest]
-    assert needed(listed, torch.float16) == ["model_index.json", "scheduler/scheduler_config.json", *[listed[i] for i in (0, 4, 5)], *rest]
+    listed = ["unet/config.json", "unet/diffusion_pytorch_model.safetensors.index.json",
+              "unet/diffusion_pytorch_model-00001-of-00002.safetensors",
+              "unet/diffusion_pytorch_model-00002-of-00002.safetensors",
+              "unet/diffusion_pytorch_model.safetensors.index.fp16.json",
+              "unet/diffusion_pytorch_model-00001-of-00001.fp16.safetensors",
+              "vae/config.json", "vae/diffusion_pytorch_model.bin", "text_encoder/config.json",
+              "text_encoder/pytorch_model.bin", "text_encoder/model.fp16.safetensors", "model_index.json",
+              "feature_extractor/preprocessor_config.json", "scheduler/scheduler_config.json"]
+    rest = ["vae/config.json", "vae/diffusion_pytorch_model.bin", "text_encoder/config.json",
+            "text_encoder/model.fp16.safetensors"]
+    assert needed(listed) == ["model_index.json", "scheduler/scheduler_config.json",
+                              *[listed[i] for i in (0, 1, 2, 3)], *rest]
+    assert needed(listed, torch.float16) == ["model_index.json", "scheduler/scheduler_config.json",
+                                             *[listed[i] for i in (0, 4, 5)], *rest]
