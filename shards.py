@@ -25,7 +25,7 @@ from cli import UserError
 # bytes of pairs, as float32, that a process keeps in memory once it has read them
 KEPT = 2 ** 30
 STREAM = 1                                                 # sampling and evaluation have stream 0
-# pairs: an A100 makes 200,000 a day (the paper's cost), so some four minutes
+# pairs a part: an A100 makes 200,000 a day (the paper's cost), so some four minutes
 PART = 512
 TENSORS = ("checksum", "index", "latent", "prompt", "prompt_end", "seed")
 SHARD = 2 ** 30                                            # bytes of latents, where --shard does not say otherwise

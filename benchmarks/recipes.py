@@ -1,6 +1,6 @@
 """What other recipes of reflow bring beside the paper's: other times, Lee et al. 2024's loss, and a second reflow.
 
-    python benchmarks/recipes.py     # after benchmarks/regimes.py, whose 2-rectified flows it shares; four hours more
+    python benchmarks/recipes.py     # after benchmarks/regimes.py, whose 2-rectified flows it shares; some four hours
 
 All from the exact start, in regimes.py's budgets. At the paper's recipe's cost:
   u-shaped      t is drawn mostly near 0 and 1 (Lee et al. 2024)

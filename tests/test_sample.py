@@ -171,7 +171,7 @@ def test_interpolation_goes_from_one_seed_to_the_other(draw, flow, tmp_path):
     status, out, err = draw("a red circle", "--interpolate", 3, 8, "--frames", 5, "--batch", 2,
                             "--out", tmp_path / "x.png")
     assert (status, err) == (0, "")
-    sheet, text = Image.open(tmp_path / "x.png").convert("RGB"), flow.text(["a red circle"])
+    sheet = Image.open(tmp_path / "x.png").convert("RGB")
     assert facts(tmp_path / "x.png")["interpolate"] == "[3, 8]"
     assert sheet.width == 150 + 5 * 134
     for column, seed in ((0, 3), (4, 8)):

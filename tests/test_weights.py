@@ -17,7 +17,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import names
 import single_file
 import weights
 from cli import UserError
