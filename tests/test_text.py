@@ -3,6 +3,7 @@ import random
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextConfig, CLIPTextModel
 
 import text
@@ -137,6 +138,15 @@ def test_states(folder, theirs):
             got = ours(batch)
             assert got.shape == (len(prompts), 77, 32)
             assert relative_error(got, expected) <= 2e-5
+
+
+def test_several_prompts_are_no_batched_products():
+    """PyTorch makes such of a product with a view, where there are no gradients, and copies the weights once a token."""
+    tower = text.TextTower(text.TextConfig(**{key: CONFIG[key] for key in text.TextConfig().__dict__})).requires_grad_(False)
+    with FlopCounterMode(display=False) as counter:
+        tower(["a red circle", "a blue square", "a star"])
+    counted = counter.get_flop_counts()["Global"]
+    assert torch.ops.aten.addmm in counted and torch.ops.aten.bmm not in counted
 
 
 def test_a_later_token_never_changes_an_earlier_state(folder):
