@@ -93,9 +93,9 @@ def save_checkpoint(folder, step, tensors, metadata=None, keep=2):
         old.unlink(missing_ok=True)
 
 
-def warn_of_little_room(folder, tensors, keep=2):
-    """One line on stderr where the disk cannot hold the checkpoints to come: `keep`, and the one being written."""
-    size = sum(v.numel() * v.element_size() for v in tensors.values())
+def warn_of_little_room(folder, size, keep=2):
+    """One line on stderr where the disk cannot hold the checkpoints to come, of `size` bytes each: `keep`, and the one
+    being written."""
     wanted, free = size * (keep + 1 - len(checkpoints(folder))), shutil.disk_usage(folder).free
     if free < wanted:
         print(f"warning: {folder}: {free / 2**30:.1f} GiB are free, "

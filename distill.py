@@ -99,6 +99,8 @@ def main():
     # a decoder's activations at 512 pixels are several GB a picture
     if distance:
         training.checkpoint_gradients(model.vae, world.device)
+        if args.compile:
+            training.compile_blocks(model.vae.decoder)
     info = {"prediction": predicts, "sampler": "euler", "steps": 1, "guidance": 1.0, "pairs": data.info}
     flow = InstaFlow(ema, model.vae, model.text, info, model.base)
     folder, operations = f"{args.out}/training", model.operations()
@@ -111,7 +113,7 @@ def main():
         (noise, latent, prompts), losses = batch(step), []
         times = world.share(start_times(args.batch, args.steps, training.step_generator(args.seed, step)))
         for part in training.parts(net, len(noise), args.accumulate):
-            x0, x1, t = (y[part].to(world.device) for y in (noise, latent, times))
+            x0, x1, t = (y[part].to(world.device, non_blocking=True) for y in (noise, latent, times))
             x = flows.interpolate(x0, x1, t)               # x0 where t = 0
             with training.autocast(world.device, args.float32):
                 with torch.no_grad():

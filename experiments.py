@@ -15,7 +15,6 @@ and a row is measured again only if the weights have changed.
 """
 import functools
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +22,6 @@ import torch
 
 import cli
 import scenes
-import training
 from cli import UserError
 from images import to_pil
 from instaflow import InstaFlow
@@ -99,8 +97,10 @@ def table(args):
               f"| {'' if related is None else f'{related:.2f}'} | {kept[f'{item}, held-out pairs']['exact']:.3f} "
               f"| {row['fid']:.2f} | {speed} |")
     apart = unrelated(kept)
-    print(f"\n{args.n} captions, split {args.split}, seed {args.seed}, {training.hardware()}, "
-          f"{time.strftime('%Y-%m-%d')}: `python {' '.join(sys.argv)}`"
+    machines, _, dates = zip(*(row["measured"].rpartition(", ") for row in kept.values()))
+    origin = f"{' and '.join(sorted(set(machines)))}, {' to '.join(sorted({min(dates), max(dates)}))}"
+    print(f"\n{args.n} captions, split {args.split}, seed {args.seed}, measured on {origin}: "
+          f"`python {' '.join(sys.argv)}`"
           + f"\nUnrelated latents of a teacher have a squared distance of {apart}." * bool(apart))
 
 

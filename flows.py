@@ -83,7 +83,8 @@ def guided(velocity, context, null, alpha):
     both = torch.cat([context, null.expand_as(context)])   # once, not in every step
 
     def v(x, t):
-        text, without = velocity(torch.cat([x, x]), torch.cat([t, t]), both).chunk(2)
+        # in x's dtype: under autocast the difference of two velocities in bf16 would be rounded, and then enlarged
+        text, without = velocity(torch.cat([x, x]), torch.cat([t, t]), both).to(x.dtype).chunk(2)
         return alpha * text + (1 - alpha) * without
     return v
 

@@ -44,7 +44,8 @@ def generate(model, solve, prompts, indices, args, made):
         latents.append(x1.half().cpu())
         if not latents[-1].isfinite().all():
             raise UserError(f"of the pairs {batch.start} to {batch.stop - 1} some latents are no finite numbers; give "
-                            f"guidances nearer to 1 than {args.guidance:g}, or other weights: these may be damaged")
+                            "--float32 too, which goes on in the same folder, or, in another, guidances nearer to 1 "
+                            f"than {args.guidance:g}, or other weights: these may be damaged")
         made(len(batch))
     words = [prompts[i % len(prompts)].encode() for i in indices]
     return {"latent": torch.cat(latents), "seed": torch.full((len(indices),), args.seed),
@@ -76,6 +77,8 @@ def make(words):
     parser.add_argument("--shard", type=cli.positive,
                         help="pairs a file (default: the folder's, or what makes about 1 GB)")
     parser.add_argument("--float32", action="store_true", help="no bf16")
+    parser.add_argument("--compile", action="store_true",
+                        help="torch.compile, block by block: minutes at the start, faster on a GPU")
     parser.add_argument("--graphs", action="store_true",
                         help="on a GPU, replay CUDA graphs: for networks so small that launching kernels "
                              "takes longer than running them")
@@ -86,8 +89,8 @@ def make(words):
         raise UserError("--finish MODEL and --finish-at T, with T between 0 and 1 (in miniature: 0.3), go together, "
                         "and --finish-guidance with both")
     world = training.start(args.device)
-    if args.graphs and world.device.type != "cuda":
-        raise UserError("--graphs is for a GPU; leave it out")
+    if args.graphs and (world.device.type != "cuda" or args.compile):
+        raise UserError(f"--graphs is for a GPU{', without --compile' * args.compile}; leave it out")
     prompts = cli.Prompts(args.prompts)
     model = InstaFlow.load(args.model, world.device, prediction=args.prediction)
     teacher = InstaFlow.load(args.finish, world.device, prediction="epsilon") if args.finish else None
@@ -95,8 +98,11 @@ def make(words):
     if teacher and (teacher.info["trained_steps"] or alike != [False, True, True]):
         raise UserError(f"--finish {args.finish} is no teacher of --model {args.model}: "
                         "that has the same VAE and text tower, another U-Net, and is no one-step student")
-    for each in filter(None, (model, teacher) if args.graphs else ()):
-        fast.graphed(each.unet)
+    for each in filter(None, (model, teacher)):
+        if args.graphs:
+            fast.graphed(each.unet)
+        elif args.compile:
+            training.compile_blocks(each.unet)
     # a part tells as much as a shard
     first = next(iter(sorted(Path(args.out).glob("shard-*.safetensors"))), None)
     old = json.loads(open_shard(first).metadata()["json"]) if first else {}
@@ -155,8 +161,15 @@ def make(words):
             generate(model, solve, prompts, rows, args, lambda n: bar.update(min(n * world.size, number - bar.n))),
             {"json": json.dumps(info)})
         put_together()
-    training.barrier()                                     # now every part is there
-    put_together()
+    training.barrier()                                     # now every part is there, but
+    for _ in range(60):                                    # a shared disk may show other nodes' files late
+        put_together()
+        if not mine:
+            break
+        time.sleep(2)
+    else:
+        raise UserError(f"{shard_path(args.out, mine[0])} lacks parts that other processes made; "
+                        "see that all nodes share --out, and run the same line again")
     training.barrier()
     bar.close()
     if world.rank == 0 and count:

@@ -60,8 +60,10 @@ def barrier():
 
 
 def finish():
-    """Leave the process group, where there is one."""
+    """Leave the process group, where there is one, once all have come so far: where the first still writes and the
+    others are gone, torchrun may take it for dead."""
     if dist.is_initialized():
+        dist.barrier()
         dist.destroy_process_group()
 
 

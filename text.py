@@ -61,7 +61,7 @@ class TextTower(nn.Module):
 
     def forward(self, prompts):
         ids = prompts if torch.is_tensor(prompts) else tokenize(prompts, self.config.max_position_embeddings)
-        return self.tower(ids.to(self.tower.positional_embedding.device))[1]
+        return self.tower(ids.to(self.tower.positional_embedding.device, non_blocking=True))[1]
 
 
 @functools.cache
@@ -80,10 +80,14 @@ def _bpe():
     return bpe
 
 
-@functools.lru_cache(maxsize=1000)
+_warned = set()
+
+
 def _warn(message):
-    """Once a prompt: a training meets it in every epoch."""
-    print(message, file=sys.stderr)
+    """Once a prompt, since a training meets it in every epoch, and of the first 100 in all: some sets have many."""
+    if message not in _warned and len(_warned) <= 100:
+        _warned.add(message)
+        print(message if len(_warned) <= 100 else "warning: more than these 100 prompts are cut", file=sys.stderr)
 
 
 @functools.lru_cache(maxsize=2**16)

@@ -62,7 +62,7 @@ def main():
             with training.autocast(world.device, args.float32):
                 with torch.no_grad():
                     context = model.text(np.where(dropped[part], "", prompts[part]).tolist())
-                ends = x0[part].to(world.device), x1[part].to(world.device)
+                ends = [y[part].to(world.device, non_blocking=True) for y in (x0, x1)]
                 loss = flows.flow_loss(
                     lambda x, t: flow.velocity(x, t, context, net), *ends, t[part], "none", args.huber)
             (loss.sum() / len(x0)).backward()

@@ -61,13 +61,8 @@ def prepare(unet, args, world):
     like = functools.partial(torch.zeros, device=world.device)
     net = distributed(unet.train(), world, like(1, unet.config.in_channels, 8, 8), like(1),
                       like(1, 1, unet.config.cross_attention_dim))
-    # block by block: each compiles fast, and DDP sends one's gradients while the next computes
     if args.compile:
-        torch._dynamo.config.recompile_limit = 64          # blocks of one class share it
-        for name, module in unet.named_modules():
-            if re.fullmatch(r"((first|second)\.)?(down_blocks\.\d+|mid_block|up_blocks\.\d+)", name):
-                # blocks differ in size, which would be taken for dynamic shapes
-                module.compile(dynamic=False)
+        compile_blocks(unet)
     if args.graphs:
         size, batch = unet.config.sample_size, args.batch
         inputs = (like(batch, unet.config.in_channels, size, size).to(memory_format=torch.channels_last), like(batch),
@@ -91,6 +86,15 @@ def distributed(module, world, *example):
         net(*example).sum().backward()
         module.zero_grad(set_to_none=True)
     return net
+
+
+def compile_blocks(net):
+    """torch.compile a U-Net's or decoder's blocks, each by itself: that is fast, and DDP sends one's gradients while
+    the next computes."""
+    torch._dynamo.config.recompile_limit = 64              # blocks of one class share it
+    for name, module in net.named_modules():
+        if re.fullmatch(r"((first|second)\.)?(down_blocks\.\d+|mid_block|up_blocks\.\d+)", name):
+            module.compile(dynamic=False)                  # they differ in size, which is no sign of dynamic shapes
 
 
 def checkpoint_gradients(net, device):
@@ -176,7 +180,8 @@ def add_flags(parser):
     add("--float32", action="store_true", help="no bf16")
     add("--checkpoint", action="store_true",
         help="compute activations again in the backward pass: a fraction of the memory, a third more work")
-    add("--compile", action="store_true", help="torch.compile: minutes at the start, faster steps on a GPU")
+    add("--compile", action="store_true",
+        help="torch.compile, block by block (under LPIPS the decoder too): minutes at the start, faster steps on a GPU")
     add("--graphs", action="store_true",
         help="replay CUDA graphs: for networks so small that launching kernels takes longer than running them")
     add("--device", type=cli.device, help="default: the GPU where there is one")
@@ -259,7 +264,8 @@ def steps(settings, world, folder, model, ema, optimizer, recipe, cosine=False, 
     name = "/".join(Path(folder).parts[-3:]).replace("/training", "")
     if world.rank == 0:
         clean(folder)
-        warn_of_little_room(folder, pack(model, ema, optimizer))
+        # weights, average, two moments: the optimizer has none before its first step
+        warn_of_little_room(folder, 4 * sum(v.numel() * v.element_size() for v in model.state_dict().values()))
     bar = tqdm(range(first, settings.iterations), initial=first, total=settings.iterations, desc=name,
                disable=world.rank > 0, mininterval=1, dynamic_ncols=True)
     with terminations() as received:

@@ -40,6 +40,7 @@ from instaflow import CONFIGS, InstaFlow
 
 PROMPT, STEPS, GUIDANCE = "a red circle left of a blue square", 25, 5.0
 STAGES = ["process", "load", "text", "U-Net", "decoder", "picture", "guided"]
+NAMES = ["process start to PNG", *STAGES[1:]]            # of rows
 PATIENCE = 60                                            # seconds of a row, after which three turns are enough
 KEYS = ("s", "cpu_s", "peak_gib", "gpu_gib")             # of processes all four
 # A process that runs a script with its arguments and then says the most memory it ever held, in bytes: resident,
@@ -278,13 +279,17 @@ def table(rows, key):
 
 
 def chart(rows, path, title):
-    """Bars of the first dtype, seconds by the clock, a panel a stage and batch, beside the floor:
+    """Bars of the first dtype, by the clock, a panel a stage and batch, beside the floor:
     the stage's operations at the ceiling."""
     from matplotlib.figure import Figure
     rows = [row for row in rows if row["dtype"] == rows[0]["dtype"]]
     unit, times = ("ms", 1000) if max(t["s"] for row in rows for t in row["times"].values()) < 1 else ("s", 1)
-    figure = Figure(figsize=(10, 1.5 * len(rows) + 0.6), layout="constrained")
-    for axes, row in zip(figure.subplots(len(rows), 1, squeeze=False)[:, 0], rows):
+    lines = -(-len(rows) // 2)
+    figure = Figure(figsize=(13, 1.5 * lines + 0.6), layout="constrained")
+    panels = figure.subplots(lines, 2, squeeze=False).ravel()
+    for axes in panels[len(rows):]:
+        axes.remove()
+    for axes, row in zip(panels, rows):
         names = list(row["times"])[::-1]
         head = f"{row['stage']}, {row['dtype']}, batch {row['batch']}" + f", {row['steps']} steps" * (row["steps"] > 1)
         bars = axes.barh(names, [times * row["times"][n]["s"] for n in names],
@@ -356,6 +361,7 @@ def main():
                 rows = [other for other in rows if name(other) != name(row)] + [
                     row | {"date": time.strftime("%Y-%m-%d"), "command": " ".join(["python", *sys.argv])}]
                 checkpoint.write(path, (json.dumps(facts | {"rows": rows}, indent=1) + "\n").encode())
+    rows.sort(key=lambda row: (row["dtype"], row["batch"], row["steps"], NAMES.index(row["stage"])))
     chart(rows, path.with_suffix(".png"),
           f"{args.config}: {facts['hardware']}, {facts['threads']} threads, {rows[-1]['date']}")
     print("\n".join(table(rows, "cpu_s" if kind == "cpu" else "s")))

@@ -196,6 +196,15 @@ def test_guidance_formula(alpha, null_rows):
     assert len(network.contexts) <= 2 and sum(map(len, network.contexts)) <= 6
 
 
+def test_guidance_does_not_round_the_difference():
+    x = torch.randn(64, 4)
+    velocity = lambda x, t, context: (x + context).to(torch.bfloat16)        # as under autocast
+    context, null = torch.randn(64, 4), torch.zeros(1, 4)
+    got = flows.guided(velocity, context, null, 5.0)(x, torch.zeros(64))
+    expected = 5 * velocity(x, 0, context).float() - 4 * velocity(x, 0, null).float()
+    assert got.dtype == torch.float32 and torch.equal(got, expected)
+
+
 def test_guidance_of_one_never_calls_with_the_null_prompt():
     x, t, context = torch.randn(3, 2), torch.rand(3), torch.randn(3, 4, 5)
     network = Network()

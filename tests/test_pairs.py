@@ -314,8 +314,24 @@ def test_a_file_that_is_no_shard_is_named(copy, change):
 def test_latents_that_are_no_numbers_are_not_kept(again, copy):
     shutil.rmtree(copy / "pairs")
     status, _, err = again("--guidance", 1e30)             # (beside a progress bar)
-    assert status == 2 and "no finite numbers; give guidances nearer to 1 than 1e+30" in err and "Traceback" not in err
+    assert status == 2 and "no finite numbers; give --float32 too" in err and "Traceback" not in err
     assert not list((copy / "pairs").glob("shard*"))
+
+
+def test_parts_that_a_shared_disk_shows_late_are_waited_for(again, copy, monkeypatch):
+    expected, waits, exists = shard(0, copy).read_bytes(), [], Path.exists
+    shutil.rmtree(copy / "pairs")
+    monkeypatch.setattr(pairs, "PART", 4)
+    monkeypatch.setattr(shards, "PART", 4)
+    monkeypatch.setattr(pairs.time, "sleep", waits.append)
+    monkeypatch.setattr(Path, "exists", lambda path: (len(waits) > 2 or "part-00001" not in path.name) and exists(path))
+    assert again()[0] == 0 and waits == [2, 2, 2]
+    assert shard(0, copy).read_bytes() == expected and not list((copy / "pairs").glob("*part*"))
+
+    shutil.rmtree(copy / "pairs")
+    monkeypatch.setattr(Path, "exists", lambda path: "part-00001" not in path.name and exists(path))
+    status, _, err = again()
+    assert status == 2 and "shard-00000.safetensors lacks parts that other processes made" in err
 
 
 def test_a_folder_is_its_name_however_it_is_written(again, copy, tiny):

@@ -103,6 +103,14 @@ def test_truncation_warns_and_names_what_was_cut(capsys):
     assert ids[1, -1] == 49407 and ids[1, -2] != 49407
 
 
+def test_of_many_prompts_that_are_cut_the_first_hundred_are_named(capsys, monkeypatch):
+    monkeypatch.setattr(text, "_warned", set())
+    for _ in range(2):                                     # two epochs
+        text.tokenize(["cat " * 80 + str(i) for i in range(150)])
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 101 and lines[-1] == "warning: more than these 100 prompts are cut"
+
+
 # the tower
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ import checkpoint
 import log as log_module
 import training
 from cli import UserError
-from conftest import one_line, without_time
+from conftest import one_line, relative_error, without_time
 from instaflow import CONFIGS, InstaFlow
 from text import TextTower
 from unet import UNet
@@ -331,12 +331,23 @@ def test_little_room_is_said_beforehand(monkeypatch, tmp_path, capsys):
     tensors = {"a": torch.zeros(2 ** 18)}                                     # 1 MiB
     for free, said in ((3 * 2 ** 20, False), (3 * 2 ** 20 - 1, True)):
         monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda folder: Namespace(free=free))
-        checkpoint.warn_of_little_room(tmp_path, tensors)
+        checkpoint.warn_of_little_room(tmp_path, 2 ** 20)
         err = capsys.readouterr().err
         assert err.startswith("warning: ") == said and err.count("\n") == said
     training.save_checkpoint(tmp_path, 1, tensors)
-    checkpoint.warn_of_little_room(tmp_path, tensors)                         # two more, now
+    checkpoint.warn_of_little_room(tmp_path, 2 ** 20)                         # two more, now
     assert not capsys.readouterr().err
+
+
+def test_room_is_asked_for_moments_that_are_not_there_yet(monkeypatch, tmp_path):
+    asked, model, ema = [], nn.Linear(256, 256), nn.Linear(256, 256)
+    monkeypatch.setattr(training, "warn_of_little_room", lambda folder, size: asked.append(size))
+    settings, optimizer = Namespace(iterations=1, lr=1e-3, warmup=1, ema=0.9, log_every=1,
+                                    save_every=1), training.adamw(model, 1e-3)
+    for _, log, _ in training.steps(settings, ONE, tmp_path, model, ema, optimizer, {}):
+        model(torch.ones(1, 256)).sum().backward()
+        log.add(torch.ones(1), gradient=training.optimiser_step(optimizer, model, 1e-3))
+    assert asked == [pytest.approx((tmp_path / "step-00000001.safetensors").stat().st_size, rel=0.01)]
 
 
 def test_a_full_disk_for_real(tmp_path, tiny):
@@ -640,6 +651,20 @@ def test_compiled_blocks_train_the_same(tiny):
             losses[compiled].append(loss.item())
         assert unet.state_dict().keys() == ema.state_dict().keys()           # checkpoints are those of a run without
     assert losses[True] == pytest.approx(losses[False], rel=1e-3) and losses[True][2] < 0.9 * losses[True][0]
+
+
+@pytest.mark.slow
+def test_a_compiled_decoder_has_the_same_gradients(tiny):
+    gradients = []
+    for compiled in (False, True):
+        vae, z = InstaFlow.load(tiny / "teacher").vae, torch.full((2, 4, 8, 8), 0.5, requires_grad=True)
+        if compiled:
+            training.checkpoint_gradients(vae, ONE.device)
+            training.compile_blocks(vae.decoder)
+        with training.autocast(ONE.device, True):
+            vae.decode(z).square().mean().backward()
+        gradients.append(z.grad)
+    assert relative_error(*gradients) <= 1e-4
 
 
 # --- the log ---
