@@ -39,8 +39,12 @@ class Log:
         self.path, self.bins, self.writes = Path(folder) / "log.jsonl", bins, writes
         self.total, self.flops = total, flops
         self.step, self.skips = step, deque(maxlen=OF)
-        # (on a shared disk others would read it while it is replaced)
-        lines = self.path.read_text().splitlines() if writes and self.path.exists() else []
+        try:
+            lines = self.path.read_text().splitlines()
+        except OSError:                                    # none yet; or the first process is just replacing it
+            if writes and self.path.exists():
+                raise
+            lines = []
         self.lines = [line for line in map(_json, lines) if line and line["step"] <= step]
         if writes:
             write(self.path, "".join(json.dumps(line) + "\n" for line in self.lines).encode())

@@ -149,8 +149,9 @@ def test_states(folder, theirs):
 
 
 def test_several_prompts_are_no_batched_products():
-    """PyTorch makes such of a product with a view, where there are no gradients, and copies the weights once a token."""
-    tower = text.TextTower(text.TextConfig(**{key: CONFIG[key] for key in text.TextConfig().__dict__})).requires_grad_(False)
+    """PyTorch makes such of a product with a view, where there are no gradients: a copy of the weights a token."""
+    config = text.TextConfig(**{key: CONFIG[key] for key in text.TextConfig().__dict__})
+    tower = text.TextTower(config).requires_grad_(False)
     with FlopCounterMode(display=False) as counter:
         tower(["a red circle", "a blue square", "a star"])
     counted = counter.get_flop_counts()["Global"]
