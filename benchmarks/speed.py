@@ -363,7 +363,7 @@ def main():
                 checkpoint.write(path, (json.dumps(facts | {"rows": rows}, indent=1) + "\n").encode())
     rows.sort(key=lambda row: (row["dtype"], row["batch"], row["steps"], NAMES.index(row["stage"])))
     chart(rows, path.with_suffix(".png"),
-          f"{args.config}: {facts['hardware']}, {facts['threads']} threads, {rows[-1]['date']}")
+          f"{args.config}: {facts['hardware']}, {facts['threads']} threads, {max(row['date'] for row in rows)}")
     print("\n".join(table(rows, "cpu_s" if kind == "cpu" else "s")))
 
 
