@@ -53,8 +53,8 @@ class TextTower(nn.Module):
             mlp_ratio=config.intermediate_size / config.hidden_size, output_dim=None,
             act_layer=QuickGELU, output_tokens=True)
         # Tokens first, prompts second: PyTorch's attention turns prompts-first around to that as a view, and without
-        # gradients a product with a view copies the weights once a token. On a CPU four prompts took 20 times as long
-        # in bf16, and twice in float32.
+        # gradients a product with a view copies the weights once a token. On a CPU four prompts took 17 times as long
+        # in bf16, and 1.7 times in float32 (benchmarks/README.md).
         self.tower.transformer.batch_first = False
         for block in self.tower.transformer.resblocks:
             block.attn.batch_first = False

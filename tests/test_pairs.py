@@ -321,7 +321,6 @@ def test_latents_that_are_no_numbers_are_not_kept(again, copy):
 def test_parts_that_a_shared_disk_shows_late_are_waited_for(again, copy, monkeypatch):
     expected, waits, exists = shard(0, copy).read_bytes(), [], Path.exists
     shutil.rmtree(copy / "pairs")
-    monkeypatch.setattr(pairs, "PART", 4)
     monkeypatch.setattr(shards, "PART", 4)
     monkeypatch.setattr(pairs.time, "sleep", waits.append)
     monkeypatch.setattr(Path, "exists", lambda path: (len(waits) > 2 or "part-00001" not in path.name) and exists(path))
@@ -332,6 +331,14 @@ def test_parts_that_a_shared_disk_shows_late_are_waited_for(again, copy, monkeyp
     monkeypatch.setattr(Path, "exists", lambda path: "part-00001" not in path.name and exists(path))
     status, _, err = again()
     assert status == 2 and "shard-00000.safetensors lacks parts that other processes made" in err
+
+
+@pytest.mark.slow
+def test_compiled_makes_the_same_pairs(again, copy, made):
+    shutil.rmtree(copy / "pairs")
+    assert again("--compile")[0] == 0
+    ours, plain = (load_file(shard(0, folder))["latent"].float() for folder in (copy, made))
+    assert (ours - plain).abs().max() <= 2e-3 * plain.abs().max()            # two steps of float16
 
 
 def test_a_folder_is_its_name_however_it_is_written(again, copy, tiny):
