@@ -177,13 +177,13 @@ class InstaFlow:
 
     def velocity(self, x, t, context, net=None):
         """v(x, t | T): x [B, 4, h, w], t [B] in [0, 1], context [B, L, C] -> [B, 4, h, w], by one call of the U-Net.
-        A noise predictor is converted exactly (diffusion.velocity_from_eps), on a CPU at t = 0 by B calls. net: what
-        computes the U-Net's output in training (DDP around it)."""
+        A noise predictor is converted exactly (diffusion.velocity_from_eps), on a CPU at t = 0 by B calls, unless
+        under autocast. net: what computes the U-Net's output in training (DDP around it)."""
         net = net or self.unet
         if self.info["prediction"] == "velocity":
             return net(x, timestep(t), context)
         eps = lambda z, index: net(z, index, context)
-        if x.device.type == "cpu" and not (torch.is_grad_enabled() or t.any()):
+        if x.device.type == "cpu" and not (torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or t.any()):
             # One by one: at t = 0 rounding errors are multiplied by 1 / a = 15, and on a CPU they differ
             # between a batch and a single picture.
             eps = lambda z, index: torch.cat(

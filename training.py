@@ -33,7 +33,7 @@ def autocast(device, float32=False):
     """bf16 arithmetic over float32 weights; on a CPU only where the processor has bf16 instructions."""
     with (torch.autocast(device.type, torch.bfloat16,
                          enabled=(device.type == "cuda" or _cpu_has_bf16(device)) and not float32),
-          plain_attention(device)):
+          plain_attention(device) if torch.is_grad_enabled() else nullcontext()):
         yield
 
 
@@ -43,7 +43,7 @@ def _cpu_has_bf16(device):
 
 def plain_attention(device):
     """On a CPU with bf16 the fused kernel's backward pass alone takes as long as all the rest of a small network; on
-    one without, the fused kernel is the faster one."""
+    one without, and where there is no backward pass, the fused kernel is the faster one."""
     return sdpa_kernel(SDPBackend.MATH) if _cpu_has_bf16(device) else nullcontext()
 
 

@@ -613,6 +613,15 @@ def test_recomputed_activations_give_the_same_gradients():
     assert unet[True][1] < 0.3 * unet[False][1]
 
 
+def test_attention_is_written_out_for_a_backward_pass_alone(monkeypatch):
+    """On a CPU with bf16 the fused kernel's backward pass is slow, its forward pass is not."""
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    with training.autocast(torch.device("cpu"), True):
+        assert not torch.backends.cuda.flash_sdp_enabled()
+    with torch.no_grad(), training.autocast(torch.device("cpu"), True):
+        assert torch.backends.cuda.flash_sdp_enabled()
+
+
 def test_more_processes_than_gpus_is_one_line(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     for name, value in (("RANK", "10"), ("LOCAL_RANK", "2")):
