@@ -83,8 +83,8 @@ def table(args):
     for item, _, model, steps in rows:
         wanted[f"{item}, ms"] = identity(model), lambda model=model, steps=steps: {"ms": milliseconds(model, steps)}
     kept = keep(args.out, wanted)
-    print("| model : steps | exact match | 1 / 2 / 3 objects | order ignored | relations | unseen pairs | FID (judge) "
-          "| S | one-step error | ms |\n" + "|---" * 10 + "|")
+    print("| model : steps | exact match | 1 / 2 / 3 objects | order ignored | relations | unseen combinations "
+          "| FID (judge) | S | one-step error | ms |\n" + "|---" * 10 + "|")
     for item in ("real scenes", "their VAE reconstructions", *(row[0] for row in rows)):
         row, name = kept[item], item.partition(":")[0]
         by = " / ".join(f"{counted['exact']:.2f}" for counted in row["by_objects"].values())
@@ -152,7 +152,7 @@ def against(args, kept, points, values, title, **axis):
         print(f"{name}: exact match {row['exact']:.3f}, FID {row['fid']:.2f}")
     import figures
     points = points | {FLOOR: [FLOOR] * len(values)}
-    lines = {line: [(values, [kept[name][measure] for name in names]) for measure in ("exact", "fid")]
+    lines = {line: [(values[:len(names)], [kept[name][measure] for name in names]) for measure in ("exact", "fid")]
              for line, names in points.items()}
     figures.curves(lines, [
         dict(axis, title=title, ylabel="exact match (share of captions drawn exactly)", ylim=(-0.02, 1.02)),
@@ -167,7 +167,7 @@ def steps(args):
     for _, name, model, _ in rows:
         wanted |= {point: evaluation.row(point, model, number) for point, number in zip(points[name], args.steps)}
     against(args, keep(beside(args), wanted), points, args.steps, f"{args.n} captions, each model at its own guidance",
-            xlabel="steps of the sampler", xscale="log", xticks=args.steps)
+            xlabel="steps of the sampler (a guided step calls the U-Net twice)", xscale="log", xticks=args.steps)
 
 
 def where(args):
@@ -180,14 +180,15 @@ def where(args):
         if whose is None:
             raise UserError(f"{name} was trained on pairs of {model.info['pairs']['model']}, and {args.models} "
                             "has no model of that name and weights; put it there")
-    evaluation = Evaluation(args, args.n, "train")
-    points = {name: [f"{name} from t = {t:g}" for t in args.times] for _, name, *_ in rows}
+    evaluation, times, points = Evaluation(args, args.n, "train"), sorted(args.times), {}
     wanted = {FLOOR: evaluation.floor(rows[0][2])}
     for whose, (_, name, model, _) in zip(teachers, rows):
-        wanted |= {point: evaluation.continued(point, model, Path(args.models), whose, t)
-                   for point, t in zip(points[name], args.times)}
-    against(args, keep(beside(args), wanted), points, args.times,
-            f"{args.n} captions, no guidance; at t = 1 the teacher's ends, as for pairs",
+        point = {t: f"{name} from t = {t:g}" for t in times}
+        wanted |= {point[t]: evaluation.continued(point[t], model, Path(args.models), whose, t) for t in times}
+        points[name] = [point[t] for t in times if t < 1]
+        if 1 in point:                                     # nothing is left to the flow
+            points[f"the ends of {name}'s pairs, by its teacher"] = [point[1]] * len(times)
+    against(args, keep(beside(args), wanted), points, times, f"{args.n} captions, the flow without guidance",
             xlabel="where the flow starts: t, on the line to its teacher's end")
 
 
@@ -271,7 +272,7 @@ def main():
             add("--judge", default="models/mini-judge")
         if name == "table":
             add("--held-out", type=cli.positive, metavar="N",
-                help="captions of the column of unseen pairs (default: a quarter of --n)")
+                help="captions of the column of unseen combinations (default: a quarter of --n)")
         if name == "guidance":
             add("--values", type=cli.number(), nargs="+", default=[1.0, 1.5, 2.0, 3.0, 4.0],
                 help="of the guidance strength")

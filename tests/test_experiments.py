@@ -261,8 +261,8 @@ def test_the_table_has_a_line_a_row_and_every_column(command, small, models, tmp
 
 def test_figures_of_points_measure_each_once_and_draw(command, small, models, tmp_path):
     for words, points in (
-            (("where", "--rows", "teacher,flow", "--times", 0, 0.5),
-             {("flow from t = 0.5", ("teacher", 2), 0.5), ("flow from t = 0", ("teacher", 2), 0.0)}),
+            (("where", "--rows", "teacher,flow", "--times", 1, 0.5),
+             {("flow from t = 0.5", ("teacher", 2), 0.5), ("flow from t = 1", ("teacher", 2), 1.0)}),
             (("guidance", "--rows", "teacher:4,flow:1", "--values", 1, 2),
              {("teacher:4, guidance 2", 4, 2.0), ("flow:1, guidance 1", 1, 1.0)}),
             (("steps", "--rows", "teacher,flow", "--steps", 1, 4),
@@ -274,6 +274,18 @@ def test_figures_of_points_measure_each_once_and_draw(command, small, models, tm
         measured = {row["pictures"] for row in json.loads((tmp_path / f"{words[0]}.json").read_text()).values()}
         assert {"floor", *map(str, points)} <= measured
         assert command(*line)[1:] == (out, "")
+
+
+def test_where_a_flow_starts_at_its_end_it_draws_nothing(command, small, models, tmp_path, monkeypatch):
+    """So what its pairs' ends score is a level of its own, not a point of the flow."""
+    import figures
+    lines = {}
+    monkeypatch.setattr(figures, "curves", lambda given, *rest: lines.update(given))
+    line = ("experiments.py", "where", "--models", models, "--rows", "flow", "--n", 2, "--device", "cpu", "--out",
+            tmp_path / "w.png")
+    assert command(*line, "--times", 1, 0.5, 0)[0] == 0
+    assert {name: [x for x, y in zip(*drawn[0])] for name, drawn in lines.items()} == {
+        "flow": [0, 0.5], "the ends of flow's pairs, by its teacher": [0, 0.5, 1], experiments.FLOOR: [0, 0.5, 1]}
 
 
 def test_the_judge_scores_a_shipped_model(command, tmp_path):
