@@ -174,8 +174,11 @@ def content(folder, name, model, steps, n, seed=0):
     def measure():
         if whose is None:
             return {}
-        ours, theirs = (ends(Path(folder) / name, n, seed, model.device, *settings) for name, *settings in
-                        ((name, steps, model.info["guidance"], model.info["sampler"]), whose))
+        settings = steps, model.info["guidance"], model.info["sampler"]
+        theirs = ends(Path(folder) / whose[0], n, seed, model.device, *whose[1:])
+        # of the model in memory, which `identity` names, not of what may lie in its folder by now
+        ours = theirs if (name, *settings) == whose else latents(
+            model, list(scenes.captions(SEED, 0, n)), seed, *settings, f"ends of {name}")
         return {"teacher": f"{whose[0]}:{whose[1]}", "error": float((ours - theirs).square().mean()),
                 "unrelated": float((theirs - theirs.roll(1, 0)).square().mean())}
     return f"{identity(model)}, teacher {whose}, n {n}, seed {seed}", measure

@@ -109,6 +109,17 @@ def test_one_steps_error_is_the_distance_to_the_pairs_end_from_the_same_noise(mo
         np.mean([float((theirs[i] - theirs[i - 1]).square().mean()) for i in range(3)]), rel=0.03)
 
 
+def test_a_folder_overwritten_meanwhile_does_not_lend_its_number(models):
+    """What is kept under a model's weights is measured with them, also where its folder has others by then."""
+    error = measure.content(models, "flow", InstaFlow.load(models / "flow"), 1, 3)[1]()["error"]
+    measured = measure.content(models, "flow", InstaFlow.load(models / "flow"), 1, 3)[1]
+    shutil.copy(models / "teacher" / "unet" / weights.UNET_FILE, models / "new")
+    (models / "new").replace(models / "flow" / "unet" / weights.UNET_FILE)
+    measure.ends.cache_clear()
+    assert measured()["error"] == pytest.approx(error)
+    assert measure.content(models, "flow", InstaFlow.load(models / "flow"), 1, 3)[1]()["error"] != pytest.approx(error)
+
+
 def test_the_error_is_to_the_ends_that_another_model_drew(models, capsys):
     """A student of pairs that "teacher" began and "flow" finished, as pairs.py --finish has it."""
     student, captions = InstaFlow.load(models / "flow"), list(scenes.captions(measure.SEED, 0, 3))
