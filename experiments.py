@@ -146,8 +146,8 @@ def along_time(args):
 
 
 def against(args, kept, points, values, title, **axis):
-    """Draws exact match, and FID, against `values`, at the rows of `kept` named by points {line: names},
-    and prints them."""
+    """Draws exact match, and FID, against `values`, at the rows of `kept` named by points {line: names}, of which a
+    line may have fewer than there are values, and prints them."""
     for name, row in kept.items():
         print(f"{name}: exact match {row['exact']:.3f}, FID {row['fid']:.2f}")
     import figures

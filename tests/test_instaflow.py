@@ -64,8 +64,8 @@ def test_a_picture_is_the_same_alone_and_in_a_batch(request, name, settings):
 
 
 def test_a_step_from_noise_is_one_by_one_in_float32_and_a_batch_in_bf16(teacher, monkeypatch):
-    """In float32 for the sake of the test above; in bf16 rounding is larger than what a batch changes, and pairs
-    would take 2.6 times as long."""
+    """In float32 for the sake of the test above; in bf16 rounding is larger than what a batch changes, and half of
+    the time that pairs take would go there."""
     sizes, unet = [], teacher.unet.forward
     monkeypatch.setattr(teacher.unet, "forward", lambda x, *rest: (sizes.append(len(x)), unet(x, *rest))[1])
     solve = lambda: teacher.solve(torch.ones(3, 4, 8, 8), torch.ones(3, 5, 8), torch.ones(1, 5, 8), 2, 2.0, "euler")
